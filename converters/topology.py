@@ -20,7 +20,10 @@ STAGES: tuple[str, ...] = ("first", "last", "last-not-first")
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Coord:
-    """Where a rank stands: its index along each mesh dim. `chunk` is the model chunk under interleaving (VPP)."""
+    """Where a rank stands: its index along each mesh dim. `chunk` is the model chunk under interleaving (VPP).
+
+    `etp`, `ep` and `edp` (replicas of an expert) are a second view of the same ranks as `tp`, `cp` and `dp`.
+    """
 
     tp: int = 0
     pp: int = 0
@@ -28,11 +31,12 @@ class Coord:
     cp: int = 0
     ep: int = 0
     etp: int = 0
+    edp: int = 0
     dp: int = 0
 
     def __str__(self) -> str:
-        shown = [f"{name}={getattr(self, name)}" for name in ("tp", "pp", "chunk", "cp", "ep", "etp", "dp")]
-        return " ".join(text for text in shown if not text.endswith("=0")) or "tp=0"
+        others = [name for name in ("chunk", "cp", "dp", "ep") if getattr(self, name)]
+        return " ".join(f"{name}={getattr(self, name)}" for name in ("tp", "pp", *others))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,7 @@ class Topology:
             pp=pp,
             etp=within % self.expert_tp,
             ep=within // self.expert_tp % self.ep,
+            edp=within // (self.expert_tp * self.ep),
         )
 
     def coords(self) -> tuple[Coord, ...]:

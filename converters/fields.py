@@ -1,0 +1,404 @@
+"""The config ledger: every field of one config accounted for in the other, never a default in silence.
+
+A family states its Hugging Face fields once (`Field`: how they are spelled, what an absent one means) and one row for
+what becomes of each (`Pair`, `Derived`, `Fixed`, `Switch`, `Dropped`). Both directions follow from the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from converters.errors import ConfigError, listing, near
+
+Config = Mapping[str, Any]
+Kind = Literal["same", "renamed", "derived", "fixed", "dropped"]
+ABSENT: Any = object()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A default: one field divided by another, or by a number."""
+
+    numerator: str
+    denominator: str | int
+
+    def __str__(self) -> str:
+        return f"{self.numerator} / {self.denominator}"
+
+
+@dataclass(frozen=True)
+class Of:
+    """A default: the value of another field."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of `config.json`.
+
+    Attributes:
+        name: Its name in the rows.
+        spellings: The paths (dots enter nested objects) at which it may stand; every one that does must agree.
+        default: What transformers takes when it is absent or null; `ABSENT` makes it required.
+        absent_only: It has no spelling of its own and always follows from others.
+    """
+
+    name: str
+    spellings: tuple[str, ...] = ()
+    default: Any = ABSENT
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path at which it may stand."""
+        return self.spellings or (self.name,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the ledger: these fields of one side became those of the other."""
+
+    kind: Kind
+    hf: Config = field(default_factory=dict)
+    megatron: Config = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same value on both sides."""
+
+    hf: str
+    megatron: str
+
+    def forward(self, hf: Config) -> Iterator[Entry]:
+        kind: Kind = "same" if self.hf == self.megatron else "renamed"
+        yield Entry(kind=kind, hf={self.hf: hf[self.hf]}, megatron={self.megatron: hf[self.hf]})
+
+    def backward(self, megatron: Config) -> Iterator[Entry]:
+        kind: Kind = "same" if self.hf == self.megatron else "renamed"
+        yield Entry(kind=kind, hf={self.hf: megatron[self.megatron]}, megatron={self.megatron: megatron[self.megatron]})
+
+    def names(self) -> set[str]:
+        return {self.megatron}
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Values that determine each other one to one, listed in full."""
+
+    hf: tuple[str, ...]
+    megatron: tuple[str, ...]
+    values: tuple[tuple[tuple[Any, ...], tuple[Any, ...]], ...]
+
+    def forward(self, hf: Config) -> Iterator[Entry]:
+        found = tuple(hf[name] for name in self.hf)
+        yield self._entry(found, 0, self.hf, self.megatron)
+
+    def backward(self, megatron: Config) -> Iterator[Entry]:
+        found = tuple(megatron[name] for name in self.megatron)
+        yield self._entry(found, 1, self.megatron, self.hf)
+
+    def _entry(self, found: tuple[Any, ...], side: int, names: tuple[str, ...], others: tuple[str, ...]) -> Entry:
+        for pair in self.values:
+            if pair[side] == found:
+                left, right = pair
+                return Entry(
+                    kind="derived",
+                    hf=dict(zip(self.hf, left, strict=True)),
+                    megatron=dict(zip(self.megatron, right, strict=True)),
+                )
+        known = "; ".join(_named(names, pair[side]) for pair in self.values)
+        raise ConfigError(f"{_named(names, found)} has no counterpart in {', '.join(others)}; those that have: {known}")
+
+    def names(self) -> set[str]:
+        return set(self.megatron)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A Megatron field that this family determines."""
+
+    megatron: str
+    value: Any
+    why: str
+
+    def forward(self, hf: Config) -> Iterator[Entry]:
+        yield Entry(kind="fixed", megatron={self.megatron: self.value}, note=self.why)
+
+    def backward(self, megatron: Config) -> Iterator[Entry]:
+        if megatron[self.megatron] != self.value:
+            raise ConfigError(
+                f"{self.megatron}={megatron[self.megatron]!r}, expected {self.value!r}: {self.why}; "
+                "the Hugging Face model cannot say anything else"
+            )
+        yield Entry(kind="fixed", megatron={self.megatron: self.value}, note=self.why)
+
+    def names(self) -> set[str]:
+        return {self.megatron}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A field whose value decides which rows apply. Backwards, the one case whose `when` matches."""
+
+    hf: str
+    cases: Mapping[Any, Case]
+
+    def forward(self, hf: Config) -> Iterator[Entry]:
+        value = hf[self.hf]
+        if value not in self.cases:
+            raise ConfigError(
+                f"{self.hf}={value!r} is not supported; supported: {', '.join(map(repr, self.cases))}. "
+                "Ignoring it would give a model that computes something else"
+            )
+        case = self.cases[value]
+        yield Entry(kind="derived", hf={self.hf: value}, megatron=dict(case.when))
+        for row in case.rows:
+            yield from row.forward(hf)
+
+    def backward(self, megatron: Config) -> Iterator[Entry]:
+        for value, case in self.cases.items():
+            if all(_matches(megatron[name], wanted) for name, wanted in case.when.items()):
+                held = {name: megatron[name] for name in case.when}
+                yield Entry(kind="derived", hf={self.hf: value}, megatron=held)
+                for row in case.rows:
+                    yield from row.backward(megatron)
+                return
+        found = {name: megatron[name] for case in self.cases.values() for name in case.when}
+        raise ConfigError(f"{_named(tuple(found), tuple(found.values()))} corresponds to no value of {self.hf}")
+
+    def names(self) -> set[str]:
+        cases = self.cases.values()
+        return {n for case in cases for n in case.when} | {n for case in cases for row in case.rows for n in row.names()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One value of a `Switch`: the Megatron fields that tell it apart, and the rows that then apply.
+
+    A `when` value of `ABSENT` means: anything but `None`, and some row sets it.
+    """
+
+    when: Mapping[str, Any]
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Fields of one side without a counterpart, for a reason; with `only`, just where they have one of those values."""
+
+    side: Literal["hf", "megatron"]
+    patterns: tuple[str, ...]
+    reason: str
+    only: tuple[Any, ...] | None = None
+
+    def forward(self, hf: Config) -> Iterator[Entry]:
+        return iter(())
+
+    def backward(self, megatron: Config) -> Iterator[Entry]:
+        return iter(())
+
+    def names(self) -> set[str]:
+        return set()
+
+    def covers(self, name: str) -> bool:
+        """Whether one of the patterns matches."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def entry(self, name: str, value: Any) -> Entry:
+        """The line for one such field.
+
+        Raises:
+            ConfigError: The value is not one that may be dropped.
+        """
+        if self.only is not None and value not in self.only:
+            allowed = " or ".join(map(repr, self.only))
+            raise ConfigError(f"{name}={value!r}, where only {allowed} is supported: {self.reason}")
+        sides = {"hf": {"hf": {name: value}}, "megatron": {"megatron": {name: value}}}[self.side]
+        return Entry(kind="dropped", note=self.reason, **sides)
+
+
+Row = Pair | Derived | Fixed | Switch | Dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The account of one config.
+
+    Attributes:
+        entries: What became of each field.
+        hf: The Hugging Face fields by their names in the table, absent ones at their defaults.
+        megatron: The Megatron fields.
+        defaulted: Fields that `config.json` leaves out, with the value that transformers takes for them.
+    """
+
+    entries: tuple[Entry, ...]
+    hf: Config
+    megatron: Config
+    defaulted: Config = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldTable:
+    """The ledger's rows for one family.
+
+    Attributes:
+        family: The value of `model_type`.
+        fields: Every Hugging Face field that a row uses.
+        rows: What becomes of each field.
+        inferred: Quantities that follow from the fields and stand in neither config (the padding aside).
+    """
+
+    family: str
+    fields: tuple[Field, ...]
+    rows: tuple[Row, ...]
+    inferred: Mapping[str, Ratio] = field(default_factory=dict)
+
+    def read(self, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of `config.json` by name, and those among them that it leaves to their defaults.
+
+        Raises:
+            ConfigError: Fields that are missing, unknown, or spelled twice with different values; all of them.
+        """
+        found: dict[str, Any] = {}
+        defaulted: dict[str, Any] = {}
+        problems: list[str] = []
+        leaves = dict(_leaves(config, self._containers()))
+        for known in self.fields:
+            spelled = {path: leaves[path] for path in known.paths if leaves.get(path) is not None}
+            if len({repr(value) for value in spelled.values()}) > 1:
+                problems.append(f"{known.name} is spelled twice and differently: {spelled}")
+            if spelled:
+                found[known.name] = next(iter(spelled.values()))
+            elif known.default is ABSENT:
+                problems.append(f"{known.name} is missing (expected at {' or '.join(known.paths)})")
+            else:
+                defaulted[known.name] = known.default
+        for name, default in defaulted.items():
+            try:
+                defaulted[name] = found[name] = _default(default, {**defaulted, **found})
+            except ConfigError as error:
+                problems.append(f"{name}: {error}")
+        consumed = {path for known in self.fields for path in known.paths}
+        dropped = [row for row in self.rows if isinstance(row, Dropped) and row.side == "hf"]
+        unknown = [path for path in leaves if path not in consumed and not any(row.covers(path) for row in dropped)]
+        if unknown:
+            hints = [path + near(path, consumed) for path in unknown]
+            problems.append(listing("fields that no row of the ledger names", hints))
+        if problems:
+            raise ConfigError("\n".join([f"config of a {self.family} model:", *problems]))
+        return found, defaulted
+
+    def to_megatron(self, config: Config) -> Ledger:
+        """The Megatron fields for a `config.json`.
+
+        Raises:
+            ConfigError: A field without a row, or a value without a counterpart; all of them.
+        """
+        hf, defaulted = self.read(config)
+        leaves = dict(_leaves(config, self._containers()))
+        entries, problems = self._run(lambda row: row.forward(hf))
+        problems += self._unused(hf, entries)
+        for row in self.rows:
+            if isinstance(row, Dropped) and row.side == "hf":
+                for name in filter(row.covers, leaves):
+                    try:
+                        entries.append(row.entry(name, leaves[name]))
+                    except ConfigError as error:
+                        problems.append(str(error))
+        return self._ledger(entries, problems, hf=hf, defaulted=defaulted)
+
+    def to_hf(self, megatron: Config, defaults: Config) -> Ledger:
+        """The Hugging Face fields for a Megatron config.
+
+        Args:
+            megatron: Every field of the provider, by name.
+            defaults: The defaults of its class: a field at its default needs no row, any other does.
+
+        Raises:
+            ConfigError: A field away from its default that no row names, or a value without a counterpart; all of them.
+        """
+        entries, problems = self._run(lambda row: row.backward(megatron))
+        named = {name for row in self.rows for name in row.names()}
+        dropped = [row for row in self.rows if isinstance(row, Dropped) and row.side == "megatron"]
+        for name, value in megatron.items():
+            row = next((row for row in dropped if row.covers(name)), None)
+            if row is not None and name not in named:
+                entries.append(row.entry(name, value))
+            elif name not in named and value != defaults.get(name, ABSENT):
+                problems.append(f"{name}={value!r} (default {defaults.get(name)!r}): no row of the ledger names it")
+        return self._ledger(entries, problems, megatron=megatron)
+
+    def quantities(self, hf: Config) -> dict[str, int]:
+        """The integers of a config that size its axes, those that follow from others included."""
+        numbers = {name: value for name, value in hf.items() if isinstance(value, int) and not isinstance(value, bool)}
+        return numbers | {name: _default(ratio, hf) for name, ratio in self.inferred.items()}
+
+    def _containers(self) -> set[str]:
+        return {path.rpartition(".")[0] for known in self.fields for path in known.paths if "." in path}
+
+    def _run(self, step: Any) -> tuple[list[Entry], list[str]]:
+        entries: list[Entry] = []
+        problems: list[str] = []
+        for row in self.rows:
+            try:
+                entries += step(row)
+            except ConfigError as error:
+                problems.append(str(error))
+        return entries, problems
+
+    def _unused(self, hf: Config, entries: list[Entry]) -> list[str]:
+        """Fields that are present but that no row used (a rope field that its rope type does not have)."""
+        used = {name for entry in entries for name in entry.hf}
+        return [
+            f"{name}={value!r}: no row of the ledger uses it in this model"
+            for name, value in hf.items()
+            if name not in used and value is not None
+        ]
+
+    def _ledger(self, entries: list[Entry], problems: list[str], **given: Config) -> Ledger:
+        if problems:
+            raise ConfigError("\n".join([f"config of a {self.family} model:", *problems]))
+        sides: dict[str, dict[str, Any]] = {"hf": {}, "megatron": {}}
+        for entry in entries:
+            if entry.kind != "dropped":
+                sides["hf"] |= entry.hf
+                sides["megatron"] |= entry.megatron
+        return Ledger(entries=tuple(entries), **{**sides, **given})  # type: ignore[arg-type]
+
+
+def _matches(value: Any, wanted: Any) -> bool:
+    return value is not None if wanted is ABSENT else bool(value == wanted)
+
+
+def _named(names: tuple[str, ...], values: tuple[Any, ...]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
+
+
+def _default(default: Any, known: Config) -> Any:
+    if isinstance(default, Of):
+        return known[default.name]
+    if isinstance(default, Ratio):
+        whole = known[default.numerator]
+        parts = known[default.denominator] if isinstance(default.denominator, str) else default.denominator
+        if whole % parts:
+            raise ConfigError(f"its default is {default}, and {whole} is no multiple of {parts}")
+        return whole // parts
+    return default
+
+
+def _leaves(config: Config, containers: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a config by path; only objects that hold known fields are entered."""
+    for name, value in config.items():
+        path = prefix + name
+        if path in containers and isinstance(value, Mapping):
+            yield from _leaves(value, containers, path + ".")
+        elif not (path in containers and value is None):
+            yield path, value

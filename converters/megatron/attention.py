@@ -1,0 +1,145 @@
+"""Core attention under context parallelism for Megatron-Core's local layers, and the zigzag order of a sequence.
+
+Megatron-Core's own local attention refuses context parallelism. A causal model gives rank `r` of `n` the chunks `r`
+and `2n - 1 - r` of a sequence cut into `2n`, so that every rank has the same amount of unmasked attention to do.
+
+Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/utils.py `get_batch_on_this_cp_rank` and
+    models/common/embeddings/rope_utils.py `get_pos_emb_on_this_cp_rank`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import attention_mask_func
+
+from converters.errors import ConfigError
+
+
+def zigzag_positions(length: int, size: int, rank: int) -> torch.Tensor:
+    """Positions, `[length / size]` int64, that rank `rank` of a context-parallel group of `size` holds.
+
+    Raises:
+        ConfigError: `length` does not divide into `2 * size` chunks.
+    """
+    if length % (2 * size):
+        raise ConfigError(
+            f"a sequence of {length} tokens does not divide into 2 x cp = {2 * size} chunks: "
+            f"pad it to {-(-length // (2 * size)) * 2 * size}"
+        )
+    chunks = torch.arange(length).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def zigzag_split(tensor: torch.Tensor, size: int, rank: int, dim: int = 1) -> torch.Tensor:
+    """The part of `tensor`, whole along sequence dim `dim`, that context-parallel rank `rank` of `size` holds (a copy)."""
+    if size == 1:
+        return tensor
+    return tensor.index_select(dim, zigzag_positions(tensor.size(dim), size, rank).to(tensor.device))
+
+
+def zigzag_order(length: int, size: int) -> torch.Tensor:
+    """Positions, `[length]` int64, in the order that concatenating every rank's part gives."""
+    return torch.cat([zigzag_positions(length, size, rank) for rank in range(size)])
+
+
+def zigzag_unsplit(gathered: torch.Tensor, size: int, dim: int = 1) -> torch.Tensor:
+    """The ranks' parts, concatenated in rank order along `dim`, put back into sequence order (a copy)."""
+    if size == 1:
+        return gathered
+    return gathered.index_select(dim, zigzag_order(gathered.size(dim), size).argsort().to(gathered.device))
+
+
+class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
+    """Causal attention of this rank's queries over the whole context, keys and values gathered from the CP group.
+
+    The arithmetic follows Megatron-Core's local `DotProductAttention` step by step (scaled scores in the activations'
+    dtype, softmax in float32 where the config says so), so that the two differ by the order of summation alone.
+
+    Raises:
+        ConfigError: The config asks for what this attention does not do.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/dot_product_attention.py `DotProductAttention`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        refused = {
+            f"attention_dropout={dropout} (its mask would repeat on every context-parallel rank)": dropout > 0,
+            f"attention_type={attention_type!r}": attention_type != "self",
+            f"mask type {attn_mask_type}": "causal" not in str(attn_mask_type),
+            f"window_size={config.window_size}": config.window_size is not None,
+            f"softmax_type={config.softmax_type!r}": config.softmax_type != "vanilla",
+            "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
+        }
+        if any(refused.values()):
+            asked = "; ".join(name for name, on in refused.items() if on)
+            raise ConfigError(f"layer {layer_number}: local attention under context parallelism does not do {asked}")
+        self.group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.softmax_in_fp32 = config.attention_softmax_in_fp32
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: `[s/cp b heads/tp d]`, rotated.
+            key: `[s/cp b groups/tp d]`, rotated.
+            value: `[s/cp b groups/tp d]`.
+            attention_mask: Must be `None`: the mask is causal.
+            attn_mask_type: Ignored, as in Megatron-Core's own.
+            attention_bias: Must be `None`.
+            packed_seq_params: Must be `None`.
+
+        Returns:
+            `[s/cp b (heads d)/tp]`, in the dtype of `query`.
+        """
+        given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packing": packed_seq_params}
+        if extra := [name for name, item in given.items() if item is not None]:
+            raise ConfigError(f"local attention under context parallelism is causal only, found {', '.join(extra)}")
+        size, rank = self.group.size(), self.group.rank()
+        key = gather_from_sequence_parallel_region(key.contiguous(), group=self.group)
+        value = gather_from_sequence_parallel_region(value.contiguous(), group=self.group)
+        repeats = query.size(2) // key.size(2)
+        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+
+        queries, batch, heads, channels = query.shape
+        keys = key.size(0)
+        # [s b n d] -> [b*n s d]
+        q, k, v = (
+            t.reshape(t.size(0), batch * heads, channels).transpose(0, 1) for t in (query, key, value)
+        )
+        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0.0, alpha=self.scale)
+        future = zigzag_order(keys, size) > zigzag_positions(keys, size, rank)[:, None]  # [queries keys]
+        dtype = scores.dtype
+        if self.softmax_in_fp32:
+            scores = scores.float()
+        scores = attention_mask_func(scores, future.to(scores.device))
+        weights = torch.softmax(scores, dim=-1).to(dtype)
+        context = torch.bmm(weights, v).view(batch, heads, queries, channels)
+        return context.permute(2, 0, 1, 3).reshape(queries, batch, heads * channels)

@@ -1,0 +1,49 @@
+"""Rotary frequencies as transformers computes them, for every factor that a config can hold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def default_frequencies(head_dim: int, theta: float) -> torch.Tensor:
+    """Inverse frequencies of plain RoPE, `[head_dim / 2]` float32.
+
+    Source: huggingface/transformers v5, models/llama/modeling_llama.py `compute_default_rope_parameters`.
+    """
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+
+
+def linear_frequencies(head_dim: int, theta: float, *, factor: float) -> torch.Tensor:
+    """Inverse frequencies of positions divided by `factor`, `[head_dim / 2]` float32.
+
+    Source: huggingface/transformers v5, modeling_rope_utils.py `_compute_linear_scaling_rope_parameters`.
+    """
+    return default_frequencies(head_dim, theta) / factor
+
+
+def llama3_frequencies(
+    head_dim: int,
+    theta: float,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> torch.Tensor:
+    """Inverse frequencies of Llama 3.1's RoPE, `[head_dim / 2]` float32.
+
+    Wavelengths longer than `original / low` are stretched by `factor`, those shorter than `original / high` are kept,
+    and those between are interpolated.
+
+    Source: huggingface/transformers v5, modeling_rope_utils.py `_compute_llama3_parameters`.
+    """
+    frequencies = default_frequencies(head_dim, theta)
+    wavelengths = 2 * math.pi / frequencies
+    longest = original_max_position_embeddings / low_freq_factor
+    shortest = original_max_position_embeddings / high_freq_factor
+    stretched = torch.where(wavelengths > longest, frequencies / factor, frequencies)
+    share = (original_max_position_embeddings / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    between = (1 - share) * stretched / factor + share * stretched
+    return torch.where((wavelengths >= shortest) & (wavelengths <= longest), between, stretched)

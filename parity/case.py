@@ -1,0 +1,223 @@
+"""The cases that a run consists of: every combination that was asked for, less those that cannot exist."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from converters.errors import ConfigError, TopologyError
+from converters.topology import Topology
+from parity.options import Options
+
+
+class ConfigOf(Protocol):
+    """What tells the HF config of a model before any weight is read; `parity.subjects.config_of` is one."""
+
+    def __call__(self, model: str, *, revision: str | None, size: str, layers: int | None) -> Mapping[str, Any]:
+        """The config, with `size` and `layers` applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model in one layout, precision and backend: what a check is given.
+
+    Args:
+        model: As it was given to `--model`.
+        slug: A short name of the model for ids and file names.
+        topology: The parallel layout, with its layers placed.
+        precision: `fp32` or `bf16`.
+        backend: What the model is compared with.
+        device: `auto`, `cpu` or `cuda`.
+        revision: Commit, tag or branch on the hub.
+        weights: `checkpoint` or `seeded`.
+        size: `full` or `tiny`.
+        layers: Number of first layers kept, or `None` for all.
+        trust_remote_code: Whether code that comes with the model may run.
+        rank_timeout: Seconds that ranks may take over one check.
+    """
+
+    model: str
+    slug: str
+    topology: Topology
+    precision: str = "fp32"
+    backend: str = "megatron"
+    device: str = "auto"
+    revision: str | None = None
+    weights: str = "checkpoint"
+    size: str = "full"
+    layers: int | None = None
+    trust_remote_code: bool = False
+    rank_timeout: float = 300.0
+
+    @property
+    def id(self) -> str:
+        """For example `llama-3.2-1b-tiny-tp2-pp1-fp32-megatron`; parts at their default stay out, but for tp and pp."""
+        return "-".join([self.model_id, self.topology_id, self.precision, self.backend])
+
+    @property
+    def model_id(self) -> str:
+        """The model's part of the id: cases that agree in it share one subject."""
+        seeded = self.weights == "seeded" and self.size == "full"
+        shown = [self.slug] + ["tiny"] * (self.size == "tiny") + ["seeded"] * seeded
+        return "-".join(shown + [f"{self.layers}layers"] * (self.layers is not None))
+
+    @property
+    def topology_id(self) -> str:
+        """The layout's part of the id: cases that agree in it share an xdist worker."""
+        counted = [name for name, on in self._counted if on]
+        return "-".join([str(self.topology), *(f"count-{name}" for name in counted)])
+
+    @property
+    def note(self) -> str:
+        """What was chosen for this case rather than asked for, as a clause, or an empty string."""
+        counted = [f"the {name}" for name, on in self._counted if on]
+        if not counted:
+            return ""
+        each = "counts as a layer" if len(counted) == 1 else "count as a layer each"
+        return f"layers do not divide evenly, so {' and '.join(counted)} {each}"
+
+    @property
+    def _counted(self) -> tuple[tuple[str, bool], ...]:
+        return (("embedding", self.topology.count_embedding), ("loss", self.topology.count_loss))
+
+
+def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tuple[str, str]]]:
+    """Every combination that `options` ask for, and those left out as `(id, reason)`.
+
+    Raises:
+        ConversionError: A model that cannot be found (from `config_of`), or a config without the fields that decide.
+    """
+    cases: list[Case] = []
+    left_out: list[tuple[str, str]] = []
+    for model, slug in slugs(options.models).items():
+        config = config_of(model, revision=options.revision, size=options.size, layers=options.layers)
+        layers = _field(config, "num_hidden_layers")
+        meshes = itertools.product(options.tp, options.pp, options.vpp, options.cp, options.sp)
+        for (tp, pp, vpp, cp, sp), precision, backend in itertools.product(meshes, options.precision, options.backend):
+            shared: dict[str, Any] = {
+                "model": model,
+                "slug": slug,
+                "precision": precision,
+                "backend": backend,
+                "device": options.device,
+                "revision": options.revision,
+                "weights": options.weights,
+                "size": options.size,
+                "layers": options.layers,
+                "trust_remote_code": options.trust_remote_code,
+                "rank_timeout": options.rank_timeout,
+            }
+            reasons: list[str] = []
+            try:
+                topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=sp)
+            except TopologyError as error:
+                mesh = f"tp{tp}-pp{pp}" + f"-vpp{vpp}" * (vpp > 1) + f"-cp{cp}" * (cp > 1) + "-sp" * sp
+                model_id = Case(topology=Topology(), **shared).model_id
+                left_out.append(("-".join([model_id, mesh, precision, backend]), str(error)))
+                continue
+            try:
+                topology = topology.evenly(layers)
+            except TopologyError as error:
+                reasons.append(str(error))
+            reasons += refusals(config, topology)
+            case = Case(topology=topology, **shared)
+            if reasons:
+                left_out.append((case.id, "; ".join(reasons)))
+            else:
+                cases.append(case)
+    return cases, left_out
+
+
+def slugs(models: Sequence[str]) -> dict[str, str]:
+    """A short name for each model: its last path component, or all of it where two would be alike."""
+    short = {model: _slug(model.rstrip("/").rsplit("/", 1)[-1]) for model in models}
+    alike = {slug for slug in short.values() if list(short.values()).count(slug) > 1}
+    return {model: _slug(model) if slug in alike else slug for model, slug in short.items()}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
+
+
+def refusals(config: Mapping[str, Any], topology: Topology) -> list[str]:
+    """Why Megatron-Core cannot cut this model over `topology`; empty when it can. Layer placement is not looked at.
+
+    Args:
+        config: The HF config. Layers that differ (`block_configs`) are looked at one by one.
+        topology: The layout asked for.
+
+    Raises:
+        ConfigError: A field is missing.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1 (the same in core_v0.19.2): megatron/core/transformer/transformer_config.py
+        `TransformerConfig.__post_init__` (heads and groups), attention.py `Attention.__init__` (groups fewer than tp),
+        moe/moe_layer.py `MoELayer.forward` (experts under tp), tensor_parallel/layers.py (`divide` of every cut axis).
+    """
+    tp = topology.tp
+    heads, hidden = _field(config, "num_attention_heads"), _field(config, "hidden_size")
+    head_dim = config.get("head_dim") or hidden // heads
+    reasons: list[str] = []
+    if heads % tp:
+        reasons.append(f"{heads} attention heads do not divide over tp={tp}")
+    for groups in _distinct(_groups(config, heads)):
+        if groups % tp and tp % groups:
+            reasons.append(f"{groups} key-value groups are neither a multiple nor a divisor of tp={tp}")
+        elif not heads % tp and (heads + 2 * groups) * head_dim % tp:
+            rows = (heads + 2 * groups) * head_dim
+            reasons.append(f"the {rows} rows of the fused query-key-value matrix do not divide over tp={tp}")
+    for width in _distinct(_widths(config, hidden)):
+        if width % tp:
+            reasons.append(f"a feed-forward width of {width} does not divide over tp={tp}")
+    replaced = [block[part].get("replace_with_linear") for block in _blocks(config) for part in ("attention", "ffn")]
+    if any(replaced) and hidden % tp:
+        reasons.append(f"the {hidden} rows of a linear replacement do not divide over tp={tp}")
+    if config.get("num_local_experts") and tp > 1 and not topology.sp:
+        reasons.append(f"experts under tp={tp} cannot be trained without sequence parallelism: add --sp on")
+    return reasons
+
+
+def _groups(config: Mapping[str, Any], heads: int) -> Iterator[int]:
+    """Key-value groups of every layer that has attention.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/heterogeneous/heterogeneous_config.py
+        `AttentionConfig.build_config_from_dict`.
+    """
+    if not _blocks(config):
+        yield config.get("num_key_value_heads") or heads
+        return
+    for block in _blocks(config):
+        if block["attention"].get("n_heads_in_group"):
+            yield heads // block["attention"]["n_heads_in_group"]
+
+
+def _widths(config: Mapping[str, Any], hidden: int) -> Iterator[int]:
+    """Feed-forward width of every layer that has a feed-forward part.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/heterogeneous/heterogeneous_config.py
+        `MLPConfig.ffn_mult_to_intermediate_size`.
+    """
+    if not _blocks(config):
+        yield _field(config, "intermediate_size")
+        return
+    for block in _blocks(config):
+        if block["ffn"].get("ffn_mult"):
+            yield math.ceil(int(2 * block["ffn"]["ffn_mult"] * hidden / 3) / 256) * 256
+
+
+def _blocks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return config.get("block_configs") or ()
+
+
+def _distinct(values: Iterator[int]) -> list[int]:
+    return sorted(set(values))
+
+
+def _field(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config field {name!r}: expected a whole number of at least 1, found {value!r}")
+    return value

@@ -1,0 +1,308 @@
+"""The command line of the harness: one table that drives pytest, `parity check`, the ini file and the README."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.errors import near
+
+Parse = Callable[[str], Any]
+
+BACKENDS: tuple[str, ...] = ("megatron",)
+"""What a model is compared with. A new backend is a new name here and an observer in `parity.observe`."""
+
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one run was asked for; the product of the tuples is its matrix of cases."""
+
+    models: tuple[str, ...]
+    revision: str | None
+    tp: tuple[int, ...]
+    pp: tuple[int, ...]
+    vpp: tuple[int, ...]
+    cp: tuple[int, ...]
+    sp: tuple[bool, ...]
+    precision: tuple[str, ...]
+    backend: tuple[str, ...]
+    weights: str
+    size: str
+    layers: int | None
+    device: str
+    trust_remote_code: bool
+    rank_timeout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One row of the table.
+
+    Args:
+        name: The option without its dashes; also the key in `[tool.parity]`, and `parity_<name>` in an ini file.
+        parse: One value from text; its `ValueError` says what was expected.
+        values: What may be written, for help texts.
+        default: As it would be written, or empty for none.
+        meaning: One sentence.
+        many: A comma list, each value once.
+        flag: Takes no value on the command line.
+        in_files: May stand in an ini file or in `[tool.parity]`.
+    """
+
+    name: str
+    parse: Parse
+    values: str
+    default: str
+    meaning: str
+    many: bool = False
+    flag: bool = False
+    in_files: bool = True
+
+    @property
+    def dest(self) -> str:
+        """The name in pytest's own namespace, out of the way of other plugins, and in an ini file."""
+        return f"parity_{self.key}"
+
+    @property
+    def key(self) -> str:
+        """The name as a Python identifier."""
+        return self.name.replace("-", "_")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `argparse.add_argument`; text stays text until `resolve` reads all of it at once."""
+        default = f" (default: {self.default})" if self.default and not self.flag else ""
+        shared = {"dest": self.dest, "default": None, "help": (self.meaning + default).replace("%", "%%")}
+        if self.flag:
+            return {**shared, "action": "store_const", "const": "on"}
+        return {**shared, "action": "store", "metavar": self.values}
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("expected a name, found nothing")
+    return text
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise ValueError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"expected a number of seconds above 0, found {text!r}")
+    return seconds
+
+
+def _one_of(*known: str) -> Parse:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"expected {' or '.join(known)}, found {text!r}{near(text, known)}")
+        return text
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    return bool(_one_of("off", "on")(text) == "on")
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="model",
+        parse=_text,
+        values="NAME[,NAME]",
+        default="",
+        meaning="Hub id, folder, or packaged name of the model to check.",
+        many=True,
+        in_files=False,
+    ),
+    Option(name="revision", parse=_text, values="REV", default="", meaning="Commit, tag or branch on the hub."),
+    Option(name="tp", parse=_count, values="N[,N]", default="1", meaning="Tensor-parallel sizes.", many=True),
+    Option(name="pp", parse=_count, values="N[,N]", default="1", meaning="Pipeline-parallel sizes.", many=True),
+    Option(
+        name="vpp", parse=_count, values="N[,N]", default="1", meaning="Model chunks per pipeline stage.", many=True
+    ),
+    Option(name="cp", parse=_count, values="N[,N]", default="1", meaning="Context-parallel sizes.", many=True),
+    Option(name="sp", parse=_switch, values="off|on[,...]", default="off", meaning="Sequence parallelism.", many=True),
+    Option(
+        name="precision",
+        parse=_one_of(*PRECISIONS),
+        values="|".join(PRECISIONS) + "[,...]",
+        default="fp32",
+        meaning="Precision of weights and activations.",
+        many=True,
+    ),
+    Option(
+        name="backend",
+        parse=_one_of(*BACKENDS),
+        values="|".join(BACKENDS),
+        default="megatron",
+        meaning="What the model is compared with.",
+        many=True,
+    ),
+    Option(
+        name="weights",
+        parse=_one_of("checkpoint", "seeded"),
+        values="checkpoint|seeded",
+        default="",
+        meaning="The checkpoint's own weights, or random ones from a fixed seed"
+        " (default: checkpoint, but seeded with --size tiny).",
+    ),
+    Option(
+        name="size",
+        parse=_one_of("full", "tiny"),
+        values="full|tiny",
+        default="full",
+        meaning="The model as published, or a small one of the same kind with seeded weights.",
+    ),
+    Option(name="layers", parse=_count, values="N", default="", meaning="Keep only the first N layers."),
+    Option(
+        name="device",
+        parse=_one_of("auto", "cpu", "cuda"),
+        values="auto|cpu|cuda",
+        default="auto",
+        meaning="Where ranks run; auto takes GPUs when there are enough of them for every rank.",
+    ),
+    Option(
+        name="trust-remote-code",
+        parse=_switch,
+        values="",
+        default="off",
+        meaning="Run Python code that comes with the model.",
+        flag=True,
+        in_files=False,
+    ),
+    Option(
+        name="rank-timeout",
+        parse=_seconds,
+        values="SECONDS",
+        default="300",
+        meaning="How long ranks may take over one check before it fails with every rank's stack.",
+    ),
+)
+
+MODEL = OPTIONS[0]
+
+
+def add_to_argparse(parser: argparse.ArgumentParser) -> None:
+    """Add every option but the model, which `parity check` takes by position."""
+    for option in OPTIONS[1:]:
+        parser.add_argument(f"--{option.name}", **option.arguments)
+
+
+def tool_table(rootdir: Path) -> Mapping[str, object]:
+    """The table `[tool.parity]` of the project at `rootdir`, empty where it has none."""
+    path = rootdir / "pyproject.toml"
+    if not path.is_file():
+        return {}
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("parity", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise pytest.UsageError(f"{path} is no valid TOML: {error}") from error
+    if not isinstance(table, dict):
+        raise pytest.UsageError(f"{path}: expected a table [tool.parity], found {table!r}")
+    return table
+
+
+def resolve(
+    command_line: Mapping[str, str | None],
+    ini: Mapping[str, object] | None = None,
+    table: Mapping[str, object] | None = None,
+) -> Options:
+    """Read every option: from the command line, else the ini file, else `[tool.parity]`, else its default.
+
+    Args:
+        command_line: `Option.key` to the text given, or `None`.
+        ini: `Option.key` to the value of `parity_<key>` in pytest's ini file, or `None`.
+        table: `[tool.parity]`, with names spelled as on the command line or with underscores.
+
+    Raises:
+        pytest.UsageError: Every wrong value, and every name in `table` that no option has.
+    """
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+    tabled = {key.replace("-", "_"): value for key, value in (table or {}).items()}
+    wrong += _misplaced(tabled)
+    for option in OPTIONS:
+        sources: list[tuple[str, object]] = [(f"--{option.name}", command_line.get(option.key))]
+        if option.in_files:
+            sources += [
+                (f"{option.dest} in the ini file", (ini or {}).get(option.key)),
+                (f"{option.name} in [tool.parity]", tabled.get(option.key)),
+            ]
+        sources += [(f"--{option.name}", option.default or None)]
+        where, given = next(((where, given) for where, given in sources if given is not None), ("", None))
+        try:
+            found[option.key] = None if given is None else _read(option, given)
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
+    if not wrong and not found["model"]:
+        wrong.append("--model: expected the model to check, found none")
+    if not wrong and found["weights"] == "checkpoint" and found["size"] == "tiny":
+        wrong.append(
+            "--weights checkpoint: --size tiny has no checkpoint, its weights are seeded; leave out one of the two"
+        )
+    if wrong:
+        raise pytest.UsageError("\n".join(wrong))
+    found["weights"] = found["weights"] or ("seeded" if found["size"] == "tiny" else "checkpoint")
+    found["models"] = found.pop("model")
+    assert set(found) == {field.name for field in fields(Options)}
+    return Options(**found)
+
+
+def _misplaced(tabled: Mapping[str, object]) -> list[str]:
+    """What is wrong with the names in `[tool.parity]`."""
+    wrong = []
+    allowed = {option.key: option for option in OPTIONS if option.in_files}
+    for key in sorted(tabled.keys() - allowed.keys()):
+        if any(option.key == key for option in OPTIONS):
+            wrong.append(f"{key} in [tool.parity]: give it on the command line, as --{key.replace('_', '-')}")
+        else:
+            wrong.append(f"{key} in [tool.parity]: no such option{near(key, allowed)}; expected {', '.join(allowed)}")
+    return wrong
+
+
+def _read(option: Option, given: object) -> object:
+    """The value of one option from text, or from the TOML value that says the same."""
+    texts = [_plain(item) for item in given] if isinstance(given, Sequence) and not isinstance(given, str) else None
+    if texts is None:
+        texts = [text.strip() for text in _plain(given).split(",")] if option.many else [_plain(given)]
+    if not option.many:
+        if len(texts) != 1:
+            raise ValueError(f"expected one value, found {len(texts)}: {', '.join(texts)}")
+        return option.parse(texts[0])
+    values = tuple(option.parse(text) for text in texts)
+    twice = sorted({text for text in texts if texts.count(text) > 1})
+    if twice or not values:
+        raise ValueError(f"expected each value once, found {', '.join(twice) or 'none'} {'twice' * bool(twice)}".rstrip())
+    return values
+
+
+def _plain(value: object) -> str:
+    """A TOML scalar as it would be written on the command line."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def option_table() -> str:
+    """The options as a Markdown table, for the README."""
+    rows = ["| Option | Values | Default | Meaning |", "|---|---|---|---|"]
+    for option in OPTIONS:
+        values = f"`{option.values}`".replace("|", "\\|") if option.values else ""
+        default = f"`{option.default}`" if option.default else ""
+        rows.append(f"| `--{option.name}` | {values} | {default} | {option.meaning} |")
+    return "\n".join(rows)
