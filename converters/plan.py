@@ -221,6 +221,26 @@ class Plan:
         parts += [(fill.region.offset, Piece(fill)) for fill in self.fills if fill.region.key == key]
         return [piece for _, piece in sorted(parts, key=lambda part: part[0])]
 
+    def origin(self, key: str, position: int) -> tuple[str, int] | float:
+        """Where element `position` (of the flat tensor) of target tensor `key` comes from.
+
+        Returns:
+            The source tensor and the flat position in it, or the constant that the element is.
+
+        Raises:
+            PlanError: The plan writes no such element.
+        """
+        for piece in self.explain(key):
+            part = piece.part
+            region = part.region if isinstance(part, Fill) else part.target
+            at = _index_in(region, part.shape, position)
+            if at is not None and isinstance(part, Fill):
+                return part.value
+            if at is not None and isinstance(part, Copy):
+                steps = zip(part.source.strides, at, strict=True)
+                return part.source.key, part.source.offset + sum(stride * index for stride, index in steps)
+        raise PlanError(f"{key} has no element {position}, its shape is {list(self.target_tensors[key])}")
+
     def by_target(self) -> Iterator[tuple[str, list[Copy], list[Fill]]]:
         """Each target tensor with its copies and fills: one destination at a time."""
         copies: dict[str, list[Copy]] = {key: [] for key in self.target_tensors}
@@ -304,6 +324,18 @@ class Plan:
 
 
 Ranges = Mapping[str, tuple[int, int]]
+
+
+def _index_in(region: Region, shape: tuple[int, ...], position: int) -> tuple[int, ...] | None:
+    """The index of a flat position inside a strided box, or `None` where it lies outside or between its elements."""
+    rest, index = position - region.offset, []
+    for stride, extent in zip(region.strides, shape, strict=True):
+        at = min(rest // stride, extent - 1)
+        if at < 0:
+            return None
+        index.append(at)
+        rest -= at * stride
+    return tuple(index) if rest == 0 else None
 
 
 def _intersection(left: Ranges, right: Ranges) -> dict[str, tuple[int, int]] | None:

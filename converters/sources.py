@@ -96,10 +96,7 @@ def read_config(model: str, *, revision: str | None = None, token: str | None = 
         return _packaged_config(name)
     if repo is None:
         raise _unknown(model)
-    with _hub_errors(repo, revision):
-        from huggingface_hub import hf_hub_download
-
-        return _config_in(Path(hf_hub_download(repo, "config.json", revision=revision, token=token)).parent)
+    return _config_in(_snapshot(repo, revision, token, ["config.json"]))
 
 
 def resolve(
@@ -131,12 +128,13 @@ def resolve(
             _require_weights(folder, model)
         return Source(name=model, folder=folder, config=_config_in(folder), origin="folder")
     name, repo = packaged(model), _repo(model)
-    if not weights and name is not None and (revision is None or repo is None):
-        if repo is None or _cached_config(repo, revision) is None:
-            return Source(name=model, folder=None, config=_packaged_config(name), origin="packaged config")
+    published = repo is not None and (revision is not None or _cached_config(repo, None) is not None)
+    if not weights and name is not None and not published:
+        return Source(name=model, folder=None, config=_packaged_config(name), origin="packaged config")
     if repo is None:
         raise _unknown(model) if name is None else _config_only(name)
-    snapshot = _snapshot(repo, revision, token, weights=weights, code=trust_remote_code)
+    patterns = _METADATA + _WEIGHTS * weights + ["*.py"] * trust_remote_code
+    snapshot = _snapshot(repo, revision, token, patterns)
     if weights:
         _require_weights(snapshot, model)
     return Source(name=model, folder=snapshot, config=_config_in(snapshot), revision=snapshot.name, origin="hub")
@@ -209,15 +207,19 @@ def _require_weights(folder: Path, model: str) -> None:
 
 
 def _unknown(model: str) -> SourceError:
-    known = [*PACKAGED, *(repo for repo in PACKAGED.values() if repo)]
-    by_case = {name.casefold(): name for name in known}
-    hint = near(model.casefold(), by_case)
-    for lower, name in by_case.items():
-        hint = hint.replace(f"'{lower}'", f"'{name}'")
     return SourceError(
-        f"no model {model!r}{hint}: there is no folder of that name here, no packaged config "
+        f"no model {model!r}{_near(model)}: there is no folder of that name here, no packaged config "
         f"({', '.join(PACKAGED)}), and it is not a hub id, which reads owner/name"
     )
+
+
+def _near(model: str) -> str:
+    """The packaged names and hub ids that look like `model`, in any case, for an error."""
+    known = {name.casefold(): name for name in [*PACKAGED, *(repo for repo in PACKAGED.values() if repo)]}
+    hint = near(model.casefold(), known)
+    for lower, name in known.items():
+        hint = hint.replace(f"'{lower}'", f"'{name}'")
+    return hint
 
 
 def _config_only(name: str) -> SourceError:
@@ -240,9 +242,8 @@ def _cached_config(repo: str, revision: str | None) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-def _snapshot(repo: str, revision: str | None, token: str | None, *, weights: bool, code: bool) -> Path:
-    patterns = _METADATA + _WEIGHTS * weights + ["*.py"] * code
-    with _hub_errors(repo, revision):
+def _snapshot(repo: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+    with _hub_errors(repo, revision, token=token is not None):
         from huggingface_hub import snapshot_download
 
         return Path(
@@ -251,7 +252,7 @@ def _snapshot(repo: str, revision: str | None, token: str | None, *, weights: bo
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(repo: str, revision: str | None, *, token: bool) -> Iterator[None]:
     """Turn whatever the hub's client raises into a `SourceError` that says what to do next.
 
     The client's exceptions are not chained: their frames hold the request's headers, and with them the token.
@@ -262,12 +263,13 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise SourceError(f"{repo} is on the hub, and huggingface_hub is not installed: pip install it") from None
     place = without_credentials(constants.ENDPOINT)
     asked = f"{repo}{f' at revision {revision!r}' if revision else ''} ({place}/{repo})"
+    hint = "" if packaged(repo) else _near(repo)
     offline = "give a folder instead, or use --weights seeded, which needs the config alone"
     try:
         yield
         return
     except errors.GatedRepoError:
-        known = "is not on its list" if _has_token() else "was not sent (none is set)"
+        known = "is not on its list" if token or _has_token() else "was not sent (none is set)"
         why = (
             f"access to {asked} is gated, and your token {known}. Accept the licence at {place}/{repo}, then set "
             "HF_TOKEN to a token of that account"
@@ -275,24 +277,23 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         why = f"{asked} does not exist: the repository does, the revision does not. Check its branches and tags"
     except errors.RepositoryNotFoundError:
-        known_repos = {r.casefold(): r for r in PACKAGED.values() if r}
-        hint = near(repo, known_repos.values()) or near(repo.casefold(), known_repos)
         why = (
             f"no model {asked}{hint}: it does not exist, or it is private. Check the spelling, or set HF_TOKEN to a "
             "token that may read it"
         )
     except errors.HFValidationError as error:
         why = f"{repo!r} is not a hub id (owner/name): {without_credentials(str(error))}"
-    except errors.EntryNotFoundError as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            why = f"{asked} has no config.json: it is not a transformers model"
-        elif constants.HF_HUB_OFFLINE:
+    except errors.LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
             why = (
-                f"{asked} is not, or not completely, in the local cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
-                f"forbids fetching it. Unset it and run once online, or {offline}"
+                f"{asked}{hint} is not, or not completely, in the local cache {constants.HF_HUB_CACHE}, and "
+                f"HF_HUB_OFFLINE forbids fetching it. Unset it and run once online, or {offline}"
             )
         else:
-            why = f"cannot reach the hub for {asked}, and it is not in the local cache. Check the network, or {offline}"
+            why = (
+                f"cannot reach the hub for {asked}{hint}, and it is not in the local cache. Check the network, or "
+                f"{offline}"
+            )
     except errors.HfHubHTTPError as error:
         why = _http_status(asked, error)
     except OSError as error:

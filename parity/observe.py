@@ -28,7 +28,7 @@ class Observation:
 
     Args:
         logits: `[b s v]` float32, without vocabulary padding.
-        loss: `[b s]` float32, the cross entropy of each token against its label in natural units; `None` without labels.
+        loss: `[b s]` float32, the cross entropy of each token in nats; `None` without labels.
     """
 
     logits: Floats
@@ -47,7 +47,7 @@ def megatron_logits(
 
     Each rank passes the same probe. Three things are added and taken off again, none of which an earlier token can see:
 
-    - zeros at the end of each sequence, up to a multiple of 2 x cp (x tp under sequence parallelism); attention is causal;
+    - zeros at the end of each sequence, to a multiple of 2 x cp (x tp under sequence parallelism); masks are causal;
     - under interleaving, repeated sequences up to a multiple of the stages, since it needs a micro-batch for each;
     - the vocabulary's padding. In the loss its logits count as minus infinity: its zero rows would each add exp(0) to
       the denominator, which is a property of the padding, not of the model.
@@ -127,7 +127,8 @@ def hf_logits(
     """
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention).eval()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
+    model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         logits = model(
             input_ids=tokens,
@@ -193,16 +194,18 @@ def _gather(
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     cp, rank = provider.context_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+    vocabulary = provider.vocab_size
+    assert vocabulary is not None, "a finalised provider has one"
     share = provider.padded_vocab_size // provider.tensor_model_parallel_size
     mine = slice(rank * share, (rank + 1) * share)
     part = logits if provider.parallel_output else logits[..., mine]
     loss = None
     if labels is not None:
-        padding = torch.arange(mine.start, mine.stop, device=part.device) >= provider.vocab_size
+        padding = torch.arange(mine.start, mine.stop, device=part.device) >= vocabulary
         # In float32, in which Megatron-Core's cross entropy computes anyway, and a copy, which it overwrites.
         masked = part.float().masked_fill(padding, float("-inf")).transpose(0, 1).contiguous()
         loss = _over_context(model.compute_language_model_loss(labels, masked), cp)
-    whole = gather_from_tensor_model_parallel_region(part)[..., : provider.vocab_size]
+    whole = gather_from_tensor_model_parallel_region(part)[..., :vocabulary]
     return _over_context(whole.contiguous(), cp), loss
 
 

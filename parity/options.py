@@ -205,10 +205,14 @@ def add_to_argparse(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option.name}", **option.arguments)
 
 
-def tool_table(rootdir: Path) -> Mapping[str, object]:
-    """The table `[tool.parity]` of the project at `rootdir`, empty where it has none."""
-    path = rootdir / "pyproject.toml"
-    if not path.is_file():
+def tool_table(folder: Path) -> Mapping[str, object]:
+    """The table `[tool.parity]` of the project that `folder` belongs to, empty where it has none.
+
+    The project is that of the nearest `pyproject.toml`, in `folder` or above. pytest's own root is no guide here: it
+    follows a folder given as `--model FOLDER`.
+    """
+    path = next((at / "pyproject.toml" for at in (folder, *folder.parents) if (at / "pyproject.toml").is_file()), None)
+    if path is None:
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("parity", {})
@@ -288,8 +292,10 @@ def _read(option: Option, given: object) -> object:
         return option.parse(texts[0])
     values = tuple(option.parse(text) for text in texts)
     twice = sorted({text for text in texts if texts.count(text) > 1})
-    if twice or not values:
-        raise ValueError(f"expected each value once, found {', '.join(twice) or 'none'} {'twice' * bool(twice)}".rstrip())
+    if twice:
+        raise ValueError(f"expected each value once, found {', '.join(twice)} more than once")
+    if not values:
+        raise ValueError("expected at least one value, found none")
     return values
 
 

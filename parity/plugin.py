@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from converters.errors import ConversionError, listing
+from converters.errors import ConversionError
 from parity.case import Case, matrix
 from parity.options import OPTIONS, Options, resolve, tool_table
 from parity.record import Record
@@ -41,6 +42,8 @@ class State:
 
 
 STATE = pytest.StashKey[State]()
+SHARED = pytest.StashKey[bool]()
+"""Whether the distribution over xdist workers is left to this plugin."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,20 +57,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
-    """Under `-n`, keep the cases of one topology on one worker, unless another way was asked for."""
-    if config.getoption("parity_model") is not None:
-        if getattr(config.option, "numprocesses", None) and config.getoption("dist", None) == "no":
-            config.option.dist = "loadgroup"
-        # A worker reads its own command line, where no mode was named.
-        if getattr(config, "workerinput", {}).get("parity_loadgroup"):
-            config.option.loadgroup = True
+    """Note, before pytest-xdist fills in its own default, whether a way to distribute tests was asked for."""
+    config.stash[SHARED] = config.getoption("dist", None) == "no"
     return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:  # noqa: ANN401 - a pytest-xdist type, and xdist is optional
-    """Tell a worker that tests are distributed by group."""
-    node.workerinput["parity_loadgroup"] = node.config.getoption("dist") == "loadgroup"
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the cases of one topology on one worker, for its subject and ranks, unless `--dist` asks for another way."""
+    state = config.stash.get(STATE, None)
+    if state is None or not config.stash.get(SHARED, False):
+        return None
+    from parity.scheduling import ByTopology
+
+    return ByTopology(config, log, {case.id: case.topology_id for case in state.cases})
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,24 +82,17 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{', '.join(stray)}: no effect without --model; add --model NAME")
         return
     ini = {option.key: config.getini(option.dest) for option in OPTIONS if option.in_files}
-    config.stash[STATE] = State(options=resolve(command_line, ini, tool_table(config.rootpath)))
+    config.stash[STATE] = State(options=resolve(command_line, ini, tool_table(config.invocation_params.dir)))
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        # Modules by name, not a folder: the ini file's patterns for file names and the conftest files
-        # above the package do not apply to them.
-        config.args = suite_modules()
+        # A package by name, not a folder: the conftest files above it do not apply to it.
+        config.args = [SUITE]
         config.option.pyargs = True
-
-
-def suite_modules() -> list[str]:
-    """The modules of the shipped suite, by name.
-
-    Raises:
-        pytest.UsageError: The installation holds none.
-    """
-    found = sorted(f"{SUITE}.{path.stem}" for path in _suite_folder().glob("test_*.py"))
-    if not found:
-        raise pytest.UsageError(f"no checks in {_suite_folder()}: the installation of llama-parity is incomplete")
-    return found
+    if any(
+        Path(config.invocation_params.dir, model) == config.rootpath for model in config.stash[STATE].options.models
+    ):
+        # pytest takes `--model FOLDER` for a path and the folder for its root; no cache is to be written into it.
+        for name in ("lfplugin", "nfplugin"):
+            config.pluginmanager.unregister(name=name)
 
 
 def _suite_folder() -> Path:
@@ -110,6 +106,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Resolve the models and build the matrix, before any worker starts; say at once if nothing is left of it."""
     state = session.config.stash.get(STATE, None)
     if state is None:
+        session.config.pluginmanager.register(_case_fixture([]))
         return
     from parity.subjects import config_of
 
@@ -118,8 +115,41 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     except ConversionError as error:
         raise pytest.UsageError(f"--model {','.join(state.options.models)}: {error}") from error
     if not state.cases:
-        reasons = listing("no case is possible", (f"{name}: {why}" for name, why in state.left_out))
-        raise pytest.UsageError(f"{reasons}\nAsk for other sizes of --tp, --pp, --vpp, --cp or another --sp")
+        reasons = "\n".join(_by_reason(state.left_out))
+        raise pytest.UsageError(
+            f"none of the {len(state.left_out)} combinations asked for is possible\n{reasons}\n"
+            "Ask for other sizes of --tp, --pp, --vpp, --cp or another --sp"
+        )
+    session.config.pluginmanager.register(_case_fixture(state.cases))
+
+
+def _case_fixture(cases: list[Case]) -> ModuleType:
+    """A plugin with the fixture `case`: a test that asks for it runs once for each of `cases`, or is skipped.
+
+    A fixture made here rather than `pytest_generate_tests`: a project's own fixture or parameter of this name goes
+    first.
+    """
+
+    def case(request: pytest.FixtureRequest) -> Case:
+        """The case under check: one model in one parallel layout, precision and backend; it needs --model."""
+        if not cases:
+            pytest.skip("no model to check: add --model NAME")
+        found = request.param
+        assert isinstance(found, Case)
+        return found
+
+    plugin = ModuleType("parity.plugin.case")
+    ids = [case.id for case in cases]
+    plugin.case = pytest.fixture(scope="session", params=cases or None, ids=ids or None)(case)  # type: ignore[attr-defined]
+    return plugin
+
+
+def _by_reason(lines: Iterable[tuple[str, str]]) -> list[str]:
+    """`(id, reason)` pairs as text: each reason once, the ids that it holds for beneath it."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in lines:
+        grouped.setdefault(reason, []).append(name)
+    return [line for reason, names in grouped.items() for line in [f"  {reason}:", *(f"    {name}" for name in names)]]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -136,8 +166,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     kept = "" if options.layers is None else f", first {options.layers} layers"
     lines = [f"parity: {', '.join(options.models)} (weights: {weights}{size}{kept})"]
     lines += [f"parity: {len(state.cases)} of {len(state.cases) + len(state.left_out)} combinations are cases"]
-    lines += [f"  left out {name}: {why}" for name, why in state.left_out]
-    lines += [f"  note on {case.id}: {case.note}" for case in state.cases if case.note]
+    if state.left_out:
+        lines += [f"parity: {len(state.left_out)} left out", *_by_reason(state.left_out)]
+    lines += _by_reason((case.id, case.note) for case in state.cases if case.note)
     versions = [f"{name} {version}" for name in VERSIONED if (version := _version(name))]
     return [*lines, f"parity: {', '.join(versions)}"]
 
@@ -151,11 +182,20 @@ def _version(distribution: str) -> str | None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Keep a collection of everything (`pytest .`) out of the suite when there is no model to check."""
-    if STATE in config.stash or collection_path != Path(__file__).parent / "suite":
+    if STATE in config.stash or collection_path != _suite_folder():
         return None
     asked = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
     inside = any(path == collection_path or collection_path in path.parents for path in asked)
     return None if inside or config.option.pyargs else True
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect the suite's modules whatever the ini file's patterns for file names are."""
+    if file_path.parent != _suite_folder() or not file_path.match("test_*.py"):
+        return None
+    if parent.session.isinitpath(file_path) or any(map(file_path.match, parent.config.getini("python_files"))):
+        return None  # pytest collects it
+    return pytest.Module.from_parent(parent, path=file_path)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -165,36 +205,23 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) 
         obj.__test__ = True  # type: ignore[attr-defined]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test that asks for `case` one run for each case of the matrix."""
-    if "case" not in metafunc.fixturenames:
-        return
-    fixtures = metafunc.definition._fixtureinfo.name2fixturedefs.get("case", ())
-    if not fixtures or fixtures[-1].func is not _case_function:
-        return
-    state = metafunc.config.stash.get(STATE, None)
-    if state is None:
-        skip = pytest.mark.skip(reason="no model to check: add --model NAME")
-        metafunc.parametrize("case", [pytest.param(None, marks=skip, id="no-model")], indirect=True, scope="session")
-    else:
-        ids = [case.id for case in state.cases]
-        metafunc.parametrize("case", state.cases, ids=ids, indirect=True, scope="session")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tell each test its case, the worker that it shares, and, in the suite, that warnings are no errors."""
+    """Tell each test its case and, in the suite, that warnings are no errors whatever the ini file says."""
     if STATE not in config.stash:
         return
-    grouped = config.pluginmanager.hasplugin("xdist")
     for item in items:
-        case = item.callspec.params.get("case") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-        if isinstance(case, Case):
+        case = _case_under(item)
+        if case is not None:
             item.user_properties.append((CASE_PROPERTY, case.id))
-            if grouped:
-                item.add_marker(pytest.mark.xdist_group(case.topology_id))
         if _in_suite(item):
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def _case_under(item: pytest.Item) -> Case | None:
+    """The case that a test is parametrised with."""
+    callspec = getattr(item, "callspec", None)
+    case = None if callspec is None else callspec.params.get("case")
+    return case if isinstance(case, Case) else None
 
 
 def _in_suite(node: pytest.Item | pytest.Collector) -> bool:
@@ -206,16 +233,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     state = config.stash.get(STATE, None)
     if state is not None and not config.option.collectonly:
         write(terminalreporter, [case.id for case in state.cases], len(state.left_out))
-
-
-def _case_function(request: pytest.FixtureRequest) -> Case:
-    """The case under check: one model in one parallel layout, precision and backend."""
-    case = request.param
-    assert isinstance(case, Case)
-    return case
-
-
-case = pytest.fixture(scope="session", name="case")(_case_function)
 
 
 @pytest.fixture(scope="session")
@@ -257,6 +274,5 @@ def zygote() -> Iterator[Zygote]:
 @pytest.fixture
 def record(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Record:
     """Stores what a check measured, then fails the test if that exceeds its bound."""
-    params = getattr(getattr(request.node, "callspec", None), "params", {})
-    case = params.get("case")
-    return Record(record_property, case.id if isinstance(case, Case) else request.node.nodeid)
+    case = _case_under(request.node)
+    return Record(record_property, request.node.nodeid if case is None else case.id)

@@ -23,6 +23,9 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 
+# Frames of the harness itself, below those of the function.
+_OWN_FRAME = re.compile(r'^ +File "(<string>|[^"]*/parity/(rank_process|zygote)\.py)".*\n?', re.MULTILINE)
+
 # The innermost Python frame of a thread, in a dump of faulthandler, lies in torch.distributed.
 _IN_COLLECTIVE = re.compile(r'hread 0x[^\n]*\n +File "[^"]*/torch/distributed/')
 
@@ -60,7 +63,7 @@ class RankFailure(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """How one rank ended. `killed`: by the run itself. `summary` is one line, `at` from `time.monotonic`."""
+    """How one rank ended: `kind` is how it failed, if it did; `killed`, by the run. `at` is from `time.monotonic`."""
 
     rank: int
     kind: Kind | None
@@ -68,6 +71,11 @@ class End:
     traceback: str
     at: float
     killed: bool = False
+
+    @property
+    def returned(self) -> bool:
+        """Whether the function returned."""
+        return self.kind is None and not self.killed
 
     @property
     def lost_peer(self) -> bool:
@@ -130,7 +138,8 @@ class Observed:
             before = dict(self.stacks)
             for rank in waiting:
                 with contextlib.suppress(OSError):
-                    self.stacks[rank] = (self.order.folder / f"{rank}.stack").read_text(errors="replace")
+                    stack = (self.order.folder / f"{rank}.stack").read_text(errors="replace")
+                    self.stacks[rank] = _OWN_FRAME.sub("", stack)
             # The dump has no end mark: it is whole when it stops growing.
             waiting = [r for r in waiting if not self.stacks.get(r) or self.stacks[r] != before.get(r)]
 
@@ -148,7 +157,7 @@ class Observed:
         if ours and (raised is not None or code == -signal.SIGKILL):
             return End(rank=rank, kind=None, summary="was still running", traceback="", at=at, killed=True)
         kind: Kind = "exit"
-        summary = f"exited with code {code} before {self.order.function} returned"
+        summary = f"exited with code {code} before it returned"
         if code < 0:
             kind, summary = "signal", f"killed by {signal.Signals(-code).name}"
             if code == -signal.SIGKILL and oom_kills(self.zygote) > self._oom_kills:
@@ -178,6 +187,9 @@ def _failure(observed: Observed, cause: End) -> RankFailure:
         text.append(f"out of memory, with {found} when last seen{limit}")
     if hint := _HINTS[cause.kind]:
         text.append(hint)
+    returned = [observed.label(end.rank) for end in observed.ends.values() if end.returned]
+    if cause.lost_peer and returned:
+        text.append(f"it waited for a peer, but {', '.join(returned)} had returned: do all make the same collectives?")
     if cause.traceback:
         text += ["", cause.traceback.rstrip()]
     if lines := log_tail(order.folder / f"{cause.rank}.log"):
@@ -216,7 +228,7 @@ def _rank_failure(observed: Observed, rank: int, kind: Kind, traceback: str, tex
     return RankFailure("\n".join(text), rank, coord, kind, traceback)
 
 
-def _first_line(text: str, limit: int = 300) -> str:
+def _first_line(text: str, limit: int = 160) -> str:
     line = text.partition("\n")[0]
     return line if len(line) <= limit else f"{line[:limit]}..."
 

@@ -241,7 +241,7 @@ class _Process:
         message: Ready | Broken = self._conn.recv()
         if isinstance(message, Broken):
             raise ZygoteError(
-                f"the zygote could not import its preload; mend or leave out the module\n{message.reason}"
+                f"the zygote could not import {message.module}: mend it, or leave it out of `preload`\n{message.reason}"
             )
         if message.unsafe:
             warnings.warn(

@@ -52,7 +52,7 @@ class Measurement:
         """One sentence: what was measured against which bound."""
         over = ""
         if not self.passed and self.margin:
-            over = f", {quantity(1 / self.margin)} times as much"
+            over = f", {times(1 / self.margin)} over"
         return f"{self.check}: measured {quantity(self.measured)} {self.unit}, allowed {quantity(self.bound)}{over}"
 
 
@@ -67,6 +67,12 @@ def quantity(value: float | int | str | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.1e}" if not 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """A ratio of at least one, to two significant digits: `1.8x`, `12x`, `10,000x`."""
+    rounded = float(f"{ratio:.2g}")
+    return f"{rounded:,.0f}x" if rounded >= 10 else f"{rounded:.1f}x"
 
 
 class Record:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from parity.record import PROPERTY, Measurement, quantity
+from parity.record import PROPERTY, Measurement, quantity, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -190,6 +190,7 @@ def write(terminal: pytest.TerminalReporter, case_order: Sequence[str], left_out
     """Write the table, the first failure's cause and the conclusion at the end of pytest's own report."""
     rows = collect(terminal.stats, case_order)
     if not rows:
+        terminal.write_line("parity: no check ran in any case", yellow=True)
         return
     terminal.write_sep("=", "parity")
     terminal.write_line(render(rows, colour=terminal.hasmarkup))
@@ -212,19 +213,17 @@ def _margin(measurement: Measurement) -> str:
     if measurement.measured == 0:
         return "exact"
     margin = measurement.margin
-    if margin is None:
+    if not margin:
         return "-"
-    if margin >= 1:
-        return f"{margin:,.0f}x" if margin >= 100 else f"{margin:.2g}x"
-    return f"1/{1 / margin:,.0f}x" if margin <= 0.01 else f"{margin:.2g}x"
+    return times(margin) if margin >= 1 else f"{times(1 / margin)} over"
 
 
 def _check_name(nodeid: str, case: str) -> str:
-    """`test_logits[<case>-probe]@group` as `logits [probe]`."""
+    """`test_logits[<case>-probe]` as `logits [probe]`."""
     name = nodeid.rsplit("::", 1)[-1]
     name, bracket, parameters = name.partition("[")
     rest = parameters.rpartition("]")[0].replace(case, "").strip("-") if bracket else ""
-    return name.split("@", 1)[0].removeprefix("test_").replace("_", " ") + (f" [{rest}]" if rest else "")
+    return name.removeprefix("test_").replace("_", " ") + (f" [{rest}]" if rest else "")
 
 
 def _cause(reports: Sequence[pytest.TestReport]) -> str:
@@ -237,7 +236,7 @@ def _cause(reports: Sequence[pytest.TestReport]) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    return str(crash.message) if crash is not None else report.longreprtext
+    return str(crash.message).removeprefix("Failed: ") if crash is not None else report.longreprtext
 
 
 def _plural(count: int, noun: str) -> str:

@@ -175,7 +175,9 @@ def _vocabulary(weight: torch.Tensor, tp: int, rank: int, divisible_by: int) -> 
 def _part(tensor: torch.Tensor, tp: int, rank: int, *, dim: int) -> torch.Tensor:
     """Part `rank` of `tp` equal parts of `tensor` along `dim` (a copy)."""
     if tensor.size(dim) % tp:
-        raise TopologyError(f"a dim of {tensor.size(dim)} does not divide over tp={tp}: {tuple(tensor.shape)} dim {dim}")
+        raise TopologyError(
+            f"a dim of {tensor.size(dim)} does not divide over tp={tp}: {tuple(tensor.shape)} dim {dim}"
+        )
     return tensor.chunk(tp, dim=dim)[rank].clone(memory_format=torch.contiguous_format)
 
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from parity.rank_process import Order, live, prctl
 
@@ -59,8 +59,9 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """The preload failed."""
+    """The import of `module` failed; `reason` is the traceback."""
 
+    module: str
     reason: str
 
 
@@ -85,44 +86,50 @@ class Gone:
     """No process of the request is left."""
 
 
-def main(fd: int) -> None:
+def main(fd: int) -> NoReturn:
     """Serve the socket `fd` until it closes or the parent is gone."""
     conn: Connection[Any, Any] = Connection(fd)
     setup: Setup = conn.recv()
     prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    code = 0
     try:
-        try:
-            ready = Ready(unsafe=_preload(setup.preload))
-        except BaseException:
-            conn.send(Broken(reason=traceback.format_exc()))
-            return
+        ready = _preload(setup.preload)
         gc.collect()
         gc.freeze()  # the ranks' collector then need not touch, and so copy, the pages of what is imported
         conn.send(ready)
-        _serve(conn, setup.parent)
+        if isinstance(ready, Ready):
+            _serve(conn, setup.parent)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has closed the socket, or is gone
-    finally:
-        _end_children()
-    shutil.rmtree(setup.folder, ignore_errors=True)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _end_children()
+    if code == 0:  # else the parent still wants to read what was printed
+        shutil.rmtree(setup.folder, ignore_errors=True)
+    sys.stderr.flush()
+    os._exit(code)  # no thread that an import started can hold this up
 
 
-def _preload(names: Sequence[str]) -> tuple[str, ...]:
-    """Import what is installed of `names`; say which import started a thread or CUDA, which a fork does not survive.
+def _preload(names: Sequence[str]) -> Ready | Broken:
+    """Import what is installed of `names`; note which import started a thread or CUDA, which a fork does not survive.
 
     Source: torch 2.13.0, transformers 5.23.0, megatron-core 0.16.1 and 0.19.2 start no thread, measured; numpy 2 starts
         the pool of OpenBLAS, unless OPENBLAS_NUM_THREADS is 1, to which the parent sets it.
     """
     unsafe = []
     for name in names:
-        if _installed(name):
-            before = _os_threads()
-            importlib.import_module(name)
-            if (started := _os_threads() - before) > 0:
-                unsafe.append(f"importing {name} started {started} thread{'s' if started > 1 else ''}")
+        try:
+            if _installed(name):
+                before = _os_threads()
+                importlib.import_module(name)
+                if (started := _os_threads() - before) > 0:
+                    unsafe.append(f"importing {name} started {started} thread{'s' if started > 1 else ''}")
+        except BaseException:
+            return Broken(module=name, reason=traceback.format_exc())
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         unsafe.append("an import initialised CUDA, which no forked rank can then use")
-    return tuple(unsafe)
+    return Ready(unsafe=tuple(unsafe))
 
 
 def _installed(name: str) -> bool:

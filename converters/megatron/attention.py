@@ -37,7 +37,7 @@ def zigzag_positions(length: int, size: int, rank: int) -> torch.Tensor:
 
 
 def zigzag_split(tensor: torch.Tensor, size: int, rank: int, dim: int = 1) -> torch.Tensor:
-    """The part of `tensor`, whole along sequence dim `dim`, that context-parallel rank `rank` of `size` holds (a copy)."""
+    """The part of `tensor`, whole along its sequence dim `dim`, that CP rank `rank` of `size` holds (a copy)."""
     if size == 1:
         return tensor
     return tensor.index_select(dim, zigzag_positions(tensor.size(dim), size, rank).to(tensor.device))
@@ -131,9 +131,7 @@ class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatro
         queries, batch, heads, channels = query.shape
         keys = key.size(0)
         # [s b n d] -> [b*n s d]
-        q, k, v = (
-            t.reshape(t.size(0), batch * heads, channels).transpose(0, 1) for t in (query, key, value)
-        )
+        q, k, v = (t.reshape(t.size(0), batch * heads, channels).transpose(0, 1) for t in (query, key, value))
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0.0, alpha=self.scale)
         future = zigzag_order(keys, size) > zigzag_positions(keys, size, rank)[:, None]  # [queries keys]
         dtype = scores.dtype

@@ -51,6 +51,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         rope_original_max_position_embeddings: Its context length before scaling, in tokens.
         seq_len_interpolation_factor: Positions are divided by this (linear RoPE scaling).
         seq_length: The longest sequence, in tokens.
+        max_position_embeddings: The longest sequence that the HF model states; training at another `seq_length` keeps it.
         vocab_size: Vocabulary without padding.
         parallel_output: Leave each rank its part of the logits. Training needs it.
         fp16_lm_cross_entropy: Passed to Megatron-Core.
@@ -74,6 +75,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
     rope_original_max_position_embeddings: int = 8192
     seq_len_interpolation_factor: float | None = None
     seq_length: int = 1024
+    max_position_embeddings: int | None = None
     vocab_size: int | None = None
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
@@ -98,10 +100,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
                 setattr(self, name, value)
             self.transformer_impl = "local"
         if self.virtual_pipeline_model_parallel_size == 1:
-            self.virtual_pipeline_model_parallel_size = None  # Megatron-Core takes 1 for interleaving
+            self.virtual_pipeline_model_parallel_size: int | None = None  # Megatron-Core takes 1 for interleaving
         if self.pipeline_model_parallel_size > 1:
             if self.pipeline_dtype is None:
-                self.pipeline_dtype = self.params_dtype
+                self.pipeline_dtype: torch.dtype | None = self.params_dtype
             if self.virtual_pipeline_model_parallel_size is not None:
                 # With two stages the next and the previous rank are the same: batched, an activation and a gradient in
                 # flight between them can be taken for one another, and the gradients are wrong without an error.
@@ -136,7 +138,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         if flags and self.params_dtype not in (torch.float32, HALF[flags[0]]):
             raise ConfigError(f"{flags[0]}=True contradicts params_dtype={self.params_dtype}")
         if flags:
-            self.params_dtype = HALF[flags[0]]
+            self.params_dtype: torch.dtype = HALF[flags[0]]
         for name, dtype in HALF.items():
             setattr(self, name, self.params_dtype == dtype)
 
@@ -176,7 +178,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         """
         if self.vocab_size is None:
             raise ConfigError("vocab_size is not set")
-        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        multiple: int = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
         if self.should_pad_vocab:
             return -(-self.vocab_size // multiple) * multiple
         if self.vocab_size % self.tensor_model_parallel_size:
@@ -230,30 +232,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
             vp_stage=vp_stage,
         )
         model.model_type = ModelType.encoder_or_decoder
-        self._set_rope(model)
+        # Megatron-Core takes only the factor of Llama 3's scaling and hard-codes the rest, and for the linear one
+        # multiplies positions by a rounded 1/factor. So frequencies are set, always, before a forward caches angles.
+        model.rotary_pos_emb.inv_freq = rope.frequencies_of(self).to(torch.cuda.current_device())
         return model
-
-    def _set_rope(self, model: GPTModel) -> None:
-        """Give the model this config's rotary frequencies.
-
-        Megatron-Core takes only the factor of Llama 3's scaling and hard-codes the rest, and multiplies positions by a
-        rounded 1/factor for the linear one. Frequencies are set, always, before the first forward caches their angles.
-        """
-        dim, theta = int(self.kv_channels * self.rotary_percent), float(self.rotary_base)
-        if self.rope_scaling:
-            frequencies = rope.llama3_frequencies(
-                dim,
-                theta,
-                factor=self.rope_scaling_factor,
-                low_freq_factor=self.rope_low_freq_factor,
-                high_freq_factor=self.rope_high_freq_factor,
-                original_max_position_embeddings=self.rope_original_max_position_embeddings,
-            )
-        elif self.seq_len_interpolation_factor is not None:
-            frequencies = rope.linear_frequencies(dim, theta, factor=self.seq_len_interpolation_factor)
-        else:
-            frequencies = rope.default_frequencies(dim, theta)
-        model.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
 
     def provide_distributed_model(
         self,

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from converters.megatron.provider import GPTModelProvider
+
+
+def frequencies_of(provider: GPTModelProvider) -> torch.Tensor:
+    """Inverse frequencies of the RoPE that `provider` describes, `[rotated channels / 2]` float32, on the CPU."""
+    dim, theta = int(provider.kv_channels * provider.rotary_percent), float(provider.rotary_base)
+    if provider.rope_scaling:
+        return llama3_frequencies(
+            dim,
+            theta,
+            factor=provider.rope_scaling_factor,
+            low_freq_factor=provider.rope_low_freq_factor,
+            high_freq_factor=provider.rope_high_freq_factor,
+            original_max_position_embeddings=provider.rope_original_max_position_embeddings,
+        )
+    if provider.seq_len_interpolation_factor is not None:
+        return linear_frequencies(dim, theta, factor=provider.seq_len_interpolation_factor)
+    return default_frequencies(dim, theta)
 
 
 def default_frequencies(head_dim: int, theta: float) -> torch.Tensor:

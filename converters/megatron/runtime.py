@@ -3,22 +3,20 @@
 `install` is for a rank process that has no GPU and nothing else to do: it changes the process for good. The computation
 stays Megatron-Core's own; only where tensors live and what a stream is are answered differently.
 
-| what is asked                                   | the answer here           | who asks                                      |
-|-------------------------------------------------|---------------------------|-----------------------------------------------|
-| `device="cuda"`, in any torch call               | `device="cpu"`            | pipeline schedules, causal mask, DDP buffers  |
-| `pin_memory=True`, `Tensor.pin_memory()`         | not pinned                | RoPE under context parallelism                |
-| `Tensor.cuda()`                                  | the tensor itself         | RoPE under CP, tied embeddings under PP       |
-| `Tensor.record_stream()`                         | nothing                   | overlapped communication                      |
-| `torch.cuda.current_device()`                    | `torch.device("cpu")`     | every parameter and communication buffer      |
-| `torch.cuda.synchronize()`                       | nothing to wait for       | batched pipeline communication                |
-| `torch.cuda.{get,set}_rng_state`, `manual_seed`  | the CPU generator         | seeding, parallel dropout, recompute          |
-| `torch.cuda.Stream`, `Event`, `current_stream`…  | stand-ins without effect  | 0.19 DDP, MoE all-to-all                      |
-| a queue in a spawned manager, when saving        | a queue in this process   | `dist_checkpointing`: the manager would       |
-|                                                 |                           | re-import `__main__` and can outlive the run  |
-| token counts as NumPy, only for CUDA tensors     | also for CPU tensors      | MoE all-to-all dispatcher                     |
-| `te_general_gemm`, where TE is missing           | `None`                    | MoE router of 0.16                            |
+| what is asked                            | the answer here       | who asks                                |
+|------------------------------------------|-----------------------|-----------------------------------------|
+| `device="cuda"`, in any torch call       | `device="cpu"`        | pipeline schedules, causal mask, DDP    |
+| `pin_memory=True`, `Tensor.pin_memory()` | not pinned            | RoPE under CP                           |
+| `Tensor.cuda()`                          | the tensor itself     | RoPE under CP, tied embeddings under PP |
+| `torch.cuda.current_device()`            | `torch.device("cpu")` | every parameter, all communication      |
+| `torch.cuda.synchronize()`               | nothing to wait for   | batched pipeline communication          |
+| `torch.cuda` RNG state and `manual_seed` | the CPU generator     | seeding, dropout, recompute             |
+| `torch.cuda` streams and events          | stand-ins, no effect  | 0.19 DDP, MoE all-to-all                |
+| a queue in a spawned manager             | a queue right here    | saving (see `_save_in_this_process`)    |
+| token counts as NumPy, if on CUDA        | on the CPU too        | MoE all-to-all                          |
+| `te_general_gemm`, where TE is missing   | `None`                | MoE router of 0.16                      |
 
-The first four are a `TorchFunctionMode`, which leaves torch's factories as they are: code that names no CUDA device,
+The first three are a `TorchFunctionMode`, which leaves torch's factories as they are: code that names no CUDA device,
 such as transformers loading a model, sees no difference. Patching the factories instead would leave transformers'
 non-persistent buffers (rotary `inv_freq`) uninitialised without an error.
 """
@@ -63,8 +61,6 @@ class CudaOnCpu(TorchFunctionMode):
         """Rewrite the device of one call, and make it."""
         if func in _IDENTITY:
             return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
@@ -175,7 +171,7 @@ def install() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_quiet_about_cpu_rng)
     _without_transformer_engine()
     _save_in_this_process()
-    CudaOnCpu().__enter__()
+    CudaOnCpu().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped; never left again
     _installed = True
 
 
@@ -200,7 +196,10 @@ def _without_transformer_engine() -> None:
 
 
 def _save_in_this_process() -> None:
-    """One queue object in place of the manager's: the writer threads and the reader are in this process."""
+    """`dist_checkpointing`: one queue object, since the threads that write and the one that reads are all here.
+
+    Upstream's belongs to a manager process, which it spawns: that re-imports `__main__`, and can outlive the run.
+    """
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     results: queue.Queue[Any] = queue.Queue()
     for name in ("_get_write_results_queue", "get_write_results_queue"):

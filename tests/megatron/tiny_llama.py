@@ -20,15 +20,18 @@ LLAMA3 = {
     "high_freq_factor": 5.0,
     "original_max_position_embeddings": 24,
 }
+DEFAULT = {"rope_type": "default", "rope_theta": 3000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 3.0}
 
-# heads, groups, head_dim, hidden, ffn, layers and vocabulary all differ; 4 heads over 2 groups so that tp=4 > groups.
+# Heads, groups, heads a group, head_dim, and the rows and columns of all linears differ; two groups, so that tp=4 is
+# more. Inner dims are multiples of 16: only then does a CPU add up a dot product in one order whatever the other
+# dim, and only then can Megatron-Core (one merged matrix) and transformers (three) be equal to the last bit.
 SIZES: dict[str, Any] = {
-    "hidden_size": 40,
-    "intermediate_size": 72,
+    "hidden_size": 80,
+    "intermediate_size": 160,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "head_dim": 6,
+    "head_dim": 16,
     "num_hidden_layers": 4,
     "vocab_size": 131,
     "rms_norm_eps": 3e-4,
@@ -185,6 +188,71 @@ def probe(tiny: Tiny, batch: int = 3, length: int = 16) -> tuple[torch.Tensor, t
     stream[0, :2] = torch.tensor([0, vocab - 1])
     stream[-1, -1] = vocab - 1
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def backward(tiny: Tiny, topology: Topology) -> float:
+    """Loss gradients by Megatron-Core (its schedule, DDP, `finalize_model_grads`) against those of transformers.
+
+    The HF gradients are cut up by the statement, as the weights were. Returns the worst parameter's
+    max |difference| / max |expected|.
+    """
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from converters.megatron.attention import zigzag_split
+    from converters.megatron.parallel import current_coord
+    from converters.megatron.provider import unwrap
+    from parity.statement import expected_shard
+
+    expected = hf_gradients(tiny)
+    chunks, made = build(tiny, topology, wrap_with_ddp=True)
+    made.finalize_model_grads_func = finalize_model_grads
+    tokens, labels = probe(tiny, batch=4)
+    cp, here = topology.cp, current_coord()
+    microbatches = 2 if topology.pp > 1 else 1
+    vocab = torch.arange(made.padded_vocab_size).chunk(topology.tp)[here.tp]
+
+    def step(data: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
+        mine, targets = (zigzag_split(part, cp, here.cp) for part in next(data))
+        places = zigzag_split(torch.arange(tokens.size(1)).expand(len(mine), -1), cp, here.cp)
+
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            masked = logits.masked_fill(vocab >= made.vocab_size, float("-inf")).transpose(0, 1).contiguous()
+            total = unwrap(chunk).compute_language_model_loss(targets, masked).sum()
+            return total / (targets.numel() * cp), {}
+
+        return chunk(mine, places, None), loss
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True)) for _ in chunks],
+        model=chunks,
+        num_microbatches=microbatches,
+        seq_length=tokens.size(1),
+        micro_batch_size=len(tokens) // microbatches,
+    )
+    worst = 0.0
+    for coord, chunk in zip(topology.chunks_of(here), chunks, strict=True):
+        stated = expected_shard(expected, tiny.config, topology, coord)
+        found = {name: parameter.main_grad for name, parameter in unwrap(chunk).named_parameters()}
+        assert set(stated) == set(found)
+        for name, gradient in stated.items():
+            off = (found[name] - gradient).abs().max() / gradient.abs().max()
+            worst = max(worst, float(off))
+    return worst
+
+
+def hf_gradients(tiny: Tiny) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss by parameter, from transformers with eager attention in float32."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32, attn_implementation="eager")
+    tokens, labels = probe(tiny, batch=4)
+    logits = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def difference(actual: np.ndarray, expected: np.ndarray) -> float:

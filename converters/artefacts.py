@@ -1,0 +1,99 @@
+"""The files of a checkpoint folder that are not weights, and folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+
+CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenizer*")
+NOT_CARRIED = ("*.safetensors.index.json", "*.bin.index.json", "config.json", "*.gguf")
+
+
+def carried(folder: Path, *, code: bool = False) -> list[Path]:
+    """The files that an export takes over byte for byte: tokenizer, generation config, chat template, licence.
+
+    Args:
+        folder: The source checkpoint.
+        code: Take Python files too (the user trusts them).
+    """
+    patterns = CARRIED + (("*.py",) if code else ())
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and any(fnmatch(path.name, pattern) for pattern in patterns)
+        and not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED)
+    ]
+
+
+def patched(config: Mapping[str, Any], changes: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> str:
+    """The text of `config` with fields changed, each wherever it stands already, or at its first spelling.
+
+    Args:
+        config: A `config.json`, as read.
+        changes: New values by field name.
+        spellings: The paths at which each field may stand.
+    """
+    out = json.loads(json.dumps(config))
+    for name, value in changes.items():
+        paths = [path for path in spellings[name] if _parent(out, path, create=False) is not None]
+        for path in [p for p in paths if p.rpartition(".")[2] in _parent(out, p, create=False)] or spellings[name][:1]:  # type: ignore[operator]
+            _parent(out, path, create=True)[path.rpartition(".")[2]] = value  # type: ignore[index]
+    return json.dumps(out, indent=2) + "\n"
+
+
+def _parent(config: dict[str, Any], path: str, *, create: bool) -> dict[str, Any] | None:
+    at: Any = config
+    for step in path.split(".")[:-1]:
+        if not isinstance(at.get(step), dict):
+            if not create:
+                return None
+            at[step] = {}
+        at = at[step]
+    return at  # type: ignore[no-any-return]
+
+
+def begin(target: Path, *, overwrite: bool = False) -> Path:
+    """An empty folder beside `target`, on its file system, to be written and then put in its place.
+
+    Raises:
+        CheckpointError: `target` exists and may not be replaced, or its parent cannot be written.
+    """
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} exists already; choose another folder, or allow it to be replaced (overwrite)")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside {target}: {error}") from error
+
+
+def commit(partial: Path, target: Path) -> None:
+    """Put a finished folder in its place: its files and itself on disk first, the rename last."""
+    for path in (*partial.iterdir(), partial):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    partial.chmod(0o755)
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
+        target.rename(aside / target.name)
+        partial.rename(target)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(target)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

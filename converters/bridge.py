@@ -1,0 +1,408 @@
+"""`AutoBridge`: Hugging Face checkpoints in and out of live Megatron-Core models, with the API Megatron users know.
+
+Every rank reads and writes its own bytes. Nothing is broadcast on the way in; on the way out a rank either maps the
+files of the export and writes its part of them, or, for streaming, contributes its part of each tensor to a sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from converters import artefacts, execute
+from converters.errors import CheckpointError, ConfigError, ConversionError, listing
+from converters.execute import TensorInfo, Transfer
+from converters.fields import Ledger
+from converters.models import FAMILIES, Family, family_of
+from converters.plan import Plan
+from converters.sources import Source, resolve
+from converters.stores import safetensors
+from converters.stores.modules import ModuleStore
+from converters.topology import Mesh
+from converters.values import Tie
+
+if TYPE_CHECKING:
+    from converters.megatron.provider import GPTModelProvider
+
+
+class AutoBridge:
+    """A Hugging Face model, as a source of Megatron models and a pattern for exports.
+
+    Args:
+        source: Where it was found; its folder is `None` for a config alone.
+        trust_remote_code: Carry Python files of the repository over to exports.
+
+    Source: NVIDIA-NeMo/Megatron-Bridge 0.6, models/conversion/auto_bridge.py `AutoBridge` (names of methods).
+    """
+
+    def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
+        self.source = source
+        self.family: Family = family_of(source.config)
+        self.ledger: Ledger = self.family.fields.to_megatron(source.config)
+        self.trust_remote_code = trust_remote_code
+        self._weights: safetensors.SafetensorsFolder | None = None
+
+    @classmethod
+    def from_hf_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> AutoBridge:
+        """The bridge for a checkpoint folder or a hub id, weights included.
+
+        Raises:
+            SourceError: No such model, or no safetensors weights.
+            ConfigError: A config field that does not translate.
+        """
+        found = resolve(str(path), revision=revision, token=token, trust_remote_code=trust_remote_code)
+        return cls(found, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def from_hf_config(cls, config: Any) -> AutoBridge:
+        """The bridge for a config alone (a `LlamaConfig`, or a dict as in config.json): models without weights."""
+        fields = config if isinstance(config, Mapping) else config.to_diff_dict()
+        named = {"architectures": ["LlamaForCausalLM"], **fields}
+        return cls(Source(name="config", folder=None, config=named, origin="packaged config"))
+
+    @classmethod
+    def list_supported_models(cls) -> list[str]:
+        """The architectures that can be converted."""
+        return [family.architecture for family in FAMILIES]
+
+    @classmethod
+    def supports(cls, config: Any) -> bool:
+        """Whether a config (an object or a dict) names a supported architecture."""
+        named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
+        return bool(set(named or ()) & set(cls.list_supported_models()))
+
+    @classmethod
+    def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
+        """Whether `from_hf_pretrained` would accept the config at `path`."""
+        try:
+            cls(resolve(str(path), weights=False, trust_remote_code=trust_remote_code))
+        except ConversionError:
+            return False
+        return True
+
+    @property
+    def weights(self) -> safetensors.SafetensorsFolder:
+        """The checkpoint's tensors.
+
+        Raises:
+            CheckpointError: The bridge was made from a config alone.
+        """
+        if self._weights is None:
+            if self.source.folder is None:
+                raise CheckpointError(f"{self.source.name}: only a config is known, there are no weights to load")
+            self._weights = safetensors.SafetensorsFolder(self.source.folder)
+        return self._weights
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """Features of what the checkpoint stores beyond the model: a copy of a tied head, rotary buffers."""
+        if self.source.folder is None:
+            return frozenset()
+        keys = self.weights.tensors()
+        tied = bool(self.ledger.hf["tie_word_embeddings"])
+        stored = {"stored_lm_head"} if tied and "lm_head.weight" in keys else set()
+        stored |= {"stored_inv_freq"} if any(key.endswith("rotary_emb.inv_freq") for key in keys) else set()
+        return frozenset(stored)
+
+    def plan(self, provider: GPTModelProvider, *, features: frozenset[str] | None = None) -> Plan:
+        """The whole plan, Hugging Face to the names of `provider`'s layer spec."""
+        from converters.megatron import specs
+
+        column = "megatron_local" if specs.resolve(provider.layer_spec) == "local" else "megatron"
+        extra = self.stored if features is None else features
+        if provider.layernorm_zero_centered_gamma:
+            extra |= {"layernorm_zero_centered_gamma"}
+        config = self.source.config
+        return self.family.plan("hf", column, config, padded_vocab_size=provider.padded_vocab_size, features=extra)
+
+    def to_megatron_provider(self, load_weights: bool = True, *, cast: bool = False) -> GPTModelProvider:
+        """A provider of this model. Set parallel sizes on it, then `provide_distributed_model()`.
+
+        Args:
+            load_weights: Fill the model with the checkpoint when it is built.
+            cast: Allow the weights to be rounded to the provider's dtype where that is not the checkpoint's.
+        """
+        from converters.megatron.translate import provider_for
+
+        provider = provider_for(self.ledger.megatron)
+        if load_weights:
+            provider.perform_initialization = False
+            provider.register_pre_wrap_hook(lambda chunks: self._load(chunks, provider, cast) and None)
+        return provider
+
+    def load_hf_weights(self, model: Sequence[torch.nn.Module], *, cast: bool = False) -> None:
+        """Fill a model with the checkpoint; every rank reads its own bytes.
+
+        Args:
+            model: This rank's model chunks.
+            cast: Allow rounding to the model's dtype.
+
+        Raises:
+            CheckpointError: Tensors missing, unmapped or misshapen; a dtype change not asked for.
+        """
+        self._load(model, _config_of(model), cast)
+
+    def _load(self, model: Sequence[torch.nn.Module], provider: GPTModelProvider, cast: bool) -> list[Transfer]:
+        plan = self.plan(provider)
+        # What a rank does not read must be there as well: the checkpoint is held against the whole plan.
+        execute.check_tensors(plan.source_tensors, self.weights.tensors(), str(self.source.folder))
+        out = []
+        for chunk, mesh in zip(_bare(model), _meshes(provider), strict=True):
+            part = plan.restrict(target=mesh)
+            out.append(execute.run(part, _Only(self.weights, part), ModuleStore(chunk), cast=cast))
+        return out
+
+    def export_hf_weights(
+        self, model: Sequence[torch.nn.Module], *, padding: str = "verify"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each Hugging Face tensor in turn, whole, on every rank, in the model's dtype and on its device. Collective.
+
+        Args:
+            model: This rank's model chunks.
+            padding: `verify`: padding rows and biases that the Hugging Face model lacks must still be zero. `drop`:
+                let go of what training made of them.
+
+        Raises:
+            CheckpointError: A constant or a tied tensor that is not what it must be.
+        """
+        parts = self._parts(model, padding)
+        whole = self.plan(_config_of(model)).inverse()
+        dtypes = _gathered_dtypes(parts)
+        device = next(model[0].parameters()).device
+        copies = [(plan, store, _by_target(plan)) for plan, store in parts]
+        tied = whole.target_tensors if any(isinstance(row.value, Tie) for row in whole.rules) else ()
+        for key, shape in whole.target_tensors.items():
+            tensor = torch.zeros(shape, dtype=dtypes[key], device=device)
+            for _, store, by_target in copies:
+                for copy in by_target.get(key, ()):
+                    if copy.kind != "verify" and not copy.source_replica:
+                        execute.apply(copy, store.tensor(copy.source.key), tensor)
+            if _distributed():
+                dist.all_reduce(execute.bits(tensor))  # disjoint parts over zeros: a sum of integers keeps every bit
+            if key in tied:
+                _agree(_tied_faults(copies, key, tensor))
+            yield key, tensor
+
+    def save_hf_pretrained(
+        self,
+        model: Sequence[torch.nn.Module],
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        padding: str = "verify",
+    ) -> None:
+        """Write a Hugging Face folder: weights, config, and every other file of the source byte for byte. Collective.
+
+        The folder appears when it is complete, or not at all. All ranks must see the same file system. Files and the
+        order of tensors follow the source checkpoint.
+
+        Args:
+            model: This rank's model chunks.
+            path: The folder to make.
+            overwrite: Replace it where it exists.
+            padding: As in `export_hf_weights`.
+
+        Raises:
+            CheckpointError: The target exists, or a value that must be equal is not.
+            ConfigError: The provider computes something that a Hugging Face config cannot say.
+        """
+        target = Path(path)
+        parts = self._parts(model, padding)
+        whole = self.plan(_config_of(model)).inverse()
+        dtypes = _gathered_dtypes(parts)
+        infos = {key: TensorInfo(shape, dtypes[key]) for key, shape in whole.target_tensors.items()}
+        like = self.weights.shards() if self.source.folder else None
+        files = safetensors.lay_out(infos, like)
+        partial = _on_first_rank(lambda: self._prepare(target, files, _config_of(model), overwrite))
+        try:
+            self._write(Path(partial), files, parts)
+            _on_first_rank(lambda: artefacts.commit(Path(partial), target))
+        except BaseException:
+            if not _distributed() or dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _prepare(
+        self, target: Path, files: list[safetensors.FileLayout], provider: GPTModelProvider, overwrite: bool
+    ) -> str:
+        text = self.hf_config(provider)
+        partial = artefacts.begin(target, overwrite=overwrite)
+        try:
+            safetensors.create(partial, files)
+            (partial / "config.json").write_bytes(text)
+            if self.source.folder is not None:
+                for file in artefacts.carried(self.source.folder, code=self.trust_remote_code):
+                    shutil.copyfile(file, partial / file.name)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return str(partial)
+
+    def _write(self, partial: Path, files: list[safetensors.FileLayout], parts: list[tuple[Plan, ModuleStore]]) -> None:
+        faults: list[str] = []
+        mapped = safetensors.MappedFiles(partial, files)
+        for plan, store in parts:
+            for copy in plan.copies:
+                if copy.kind != "verify" and not copy.source_replica:
+                    execute.apply(copy, store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key))
+        _agree([])  # every part is in place
+        for plan, store in parts:
+            for copy in plan.copies:
+                if copy.kind == "verify":
+                    second, first = store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key)
+                    fault = execute.tied_fault(copy, second, first)
+                    faults += [fault] if fault else []
+        _agree(faults)
+
+    def hf_config(self, provider: GPTModelProvider) -> bytes:
+        """The config.json of an export: the source's own bytes, or with the fields that the provider changed.
+
+        Raises:
+            ConfigError: A field of the provider that a Hugging Face config cannot say.
+        """
+        from converters.megatron.translate import fields_of
+
+        values, defaults = fields_of(provider)
+        found = self.family.fields.to_hf(values, defaults).hf
+        changes = {name: value for name, value in found.items() if value != self.ledger.hf[name]}
+        if not changes and self.source.folder is not None:
+            return (self.source.folder / "config.json").read_bytes()
+        spellings = {known.name: known.paths for known in self.family.fields.fields}
+        return artefacts.patched(self.source.config, changes, spellings).encode()
+
+    def _parts(self, model: Sequence[torch.nn.Module], padding: str) -> list[tuple[Plan, ModuleStore]]:
+        """For each model chunk its part of the export and where its tensors live, checked on every rank."""
+        if padding not in ("verify", "drop"):
+            raise ConfigError(f"padding={padding!r}, expected 'verify' or 'drop'")
+        provider = _config_of(model)
+        whole = self.plan(provider).inverse()
+        parts = []
+        faults: list[str] = []
+        for chunk, mesh in zip(_bare(model), _meshes(provider), strict=True):
+            plan, store = whole.restrict(source=mesh), ModuleStore(chunk)
+            try:
+                execute.check_tensors(plan.source_tensors, store.tensors(), f"the model at {mesh.coord}")
+                if padding == "verify":
+                    faults += [
+                        f"{fault}; if training changed it, export with padding='drop'"
+                        for fault in execute.constant_faults(plan.constants, store.tensor)
+                    ]
+            except CheckpointError as error:
+                faults.append(str(error))
+            parts.append((plan, store))
+        _agree(faults)
+        return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Only:
+    """The tensors of a store that one plan reads; the whole store has been checked before."""
+
+    store: execute.Store
+    plan: Plan
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        held = self.store.tensors()
+        return {key: held[key] for key in self.plan.source_tensors}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self.store.tensor(key)
+
+
+def _by_target(plan: Plan) -> dict[str, list[Any]]:
+    return {key: copies for key, copies, _ in plan.by_target()}
+
+
+def _tied_faults(copies: list[tuple[Plan, ModuleStore, dict[str, list[Any]]]], key: str, first: torch.Tensor) -> list[str]:
+    found = [
+        execute.tied_fault(copy, store.tensor(copy.source.key), first)
+        for _, store, by_target in copies
+        for copy in by_target.get(key, ())
+        if copy.kind == "verify"
+    ]
+    return [fault for fault in found if fault]
+
+
+def _bare(model: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    from converters.megatron.provider import unwrap
+
+    return [unwrap(chunk) for chunk in model]
+
+
+def _config_of(model: Sequence[torch.nn.Module]) -> GPTModelProvider:
+    from converters.megatron.provider import GPTModelProvider
+
+    config = _bare(model)[0].config
+    if not isinstance(config, GPTModelProvider):
+        raise ConfigError(f"the model's config is a {type(config).__name__}, expected one built by a GPTModelProvider")
+    return config
+
+
+def _meshes(provider: GPTModelProvider) -> list[Mesh]:
+    """This rank's place, once for each of its model chunks."""
+    topology = provider.topology
+    coord = topology.coord(dist.get_rank() if _distributed() else 0)
+    return [Mesh(topology, chunk) for chunk in topology.chunks_of(coord)]
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gathered_dtypes(parts: list[tuple[Plan, ModuleStore]]) -> dict[str, torch.dtype]:
+    """The dtype of each exported tensor: that of the parameter that it moves from, on whichever rank."""
+    own = {
+        copy.target.key: store.tensors()[copy.source.key].dtype
+        for plan, store in parts
+        for copy in plan.copies
+        if copy.kind != "verify"
+    }
+    if not _distributed():
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {key: dtype for found in everyone for key, dtype in found.items()}
+
+
+def _agree(faults: list[str]) -> None:
+    """Wait for every rank, and fail on all of them with the faults of any.
+
+    Raises:
+        CheckpointError: Some rank found a fault.
+    """
+    everyone: list[Any] = [faults]
+    if _distributed():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, faults)
+    found = {fault for faults in everyone for fault in faults}
+    if found:
+        raise CheckpointError(listing("the model cannot be exported", found))
+
+
+def _on_first_rank(step: Any) -> Any:
+    """Run `step` on rank 0 and give its result to every rank, or its error."""
+    outcome: list[Any] = [None, None]
+    if not _distributed() or dist.get_rank() == 0:
+        try:
+            outcome[0] = step()
+        except (ConversionError, OSError) as error:
+            outcome[1] = error
+    if _distributed():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+

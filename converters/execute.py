@@ -1,0 +1,189 @@
+"""The one copy kernel, and what guards it: names, shapes and dtypes agree, constants and ties hold, nothing is cast.
+
+A plan is data; running it is a loop over its copies. Stores say where tensors live (a mapped file, a live module) and
+hand out views, so a copy moves bytes once, from where they are to where they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from converters.errors import CheckpointError, listing, near
+from converters.plan import Copy, Fill, Plan, Region
+from converters.values import Cast
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Store(Protocol):
+    """Where named tensors live."""
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Shape and dtype of every tensor held."""
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor `key`, contiguous, as a view of where it lives (writable in a store that is written)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What a run did.
+
+    Attributes:
+        tensors: Target tensors written.
+        bytes: Bytes written into them.
+        casts: Target tensors whose dtype differs from their source's, with the value map.
+    """
+
+    tensors: int
+    bytes: int
+    casts: Mapping[str, Cast]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def view(tensor: torch.Tensor, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
+    """The elements of `region` in `tensor` (contiguous), as a view of `shape`."""
+    return tensor.as_strided(shape, region.strides, tensor.storage_offset() + region.offset)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, so that equality means equal bits (NaN, and the sign of zero, included)."""
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def apply(copy: Copy, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Run one `move` or `tie`: read `copy.source` in `source`, write `copy.target` in `target`."""
+    values = view(source, copy.source, copy.shape)
+    view(target, copy.target, copy.shape).copy_(values + copy.shift if copy.shift else values)
+
+
+def fill(part: Fill, target: torch.Tensor) -> None:
+    """Write one constant."""
+    view(target, part.region, part.shape).fill_(part.value)
+
+
+def tied_fault(copy: Copy, source: torch.Tensor, target: torch.Tensor) -> str | None:
+    """What is wrong with one `verify`: a second copy in the source that differs from what the target already holds."""
+    second, first = view(source, copy.source, copy.shape), view(target, copy.target, copy.shape)
+    if second.dtype == first.dtype and torch.equal(bits(second), bits(first)):
+        return None
+    count = "dtype" if second.dtype != first.dtype else f"{int((bits(second) != bits(first)).sum()):,} elements"
+    return f"{copy.source.key} is a tied copy of {copy.target.key}, and differs from it ({count})"
+
+
+def constant_faults(constants: Iterable[Fill], read: Callable[[str], torch.Tensor]) -> list[str]:
+    """The constants that the source should hold and does not."""
+    out = []
+    for part in constants:
+        values = view(read(part.region.key), part.region, part.shape)
+        wrong = int((values != part.value).sum())
+        if wrong:
+            out.append(
+                f"{part.region.key}: {wrong:,} of {part.elements:,} elements that must be {part.value:g} are not "
+                f"({part.rule})"
+            )
+    return out
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo], where: str, allowed: Iterable[str] = ()
+) -> None:
+    """Compare the tensors that a plan knows with those that a store holds.
+
+    Raises:
+        CheckpointError: Missing, unexpected or misshapen tensors; all of them.
+    """
+    problems = []
+    missing = [key + near(key, set(found) - set(expected)) for key in expected if key not in found]
+    unexpected = set(found) - set(expected) - set(allowed)
+    shapes = [
+        f"{key}: expected {list(shape)}, found {list(found[key].shape)}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key].shape) != tuple(shape)
+    ]
+    for title, names in (("missing", missing), ("that nothing maps", unexpected), ("of another shape", shapes)):
+        if names:
+            problems.append(listing(f"tensors {title}", names))
+    if problems:
+        raise CheckpointError("\n".join([f"{where} does not hold what its config promises:", *problems]))
+
+
+def casts_of(plan: Plan, source: Mapping[str, TensorInfo], target: Mapping[str, TensorInfo]) -> dict[str, Cast]:
+    """The target tensors whose dtype is not that of what they are made of."""
+    return {
+        copy.target.key: Cast(name_of(source[copy.source.key].dtype), name_of(target[copy.target.key].dtype))
+        for copy in plan.copies
+        if source[copy.source.key].dtype != target[copy.target.key].dtype
+    }
+
+
+def refuse_casts(casts: Mapping[str, Cast]) -> None:
+    """Raise unless there are none.
+
+    Raises:
+        CheckpointError: A dtype would change, which happens only on request.
+    """
+    if casts:
+        lines = [f"{key}: {cast.source} -> {cast.target}" for key, cast in casts.items()]
+        raise CheckpointError(
+            listing("dtypes differ, and a cast must be asked for (cast=True), for tensors", lines)
+            + "\nEither build the model in the checkpoint's dtype, or allow the rounding"
+        )
+
+
+def run(plan: Plan, source: Store, target: Store, *, cast: bool = False, where: str = "the source") -> Transfer:
+    """Move every tensor of `plan` from `source` to `target`, one target tensor at a time.
+
+    Args:
+        plan: The plan, restricted to what the two stores hold.
+        source: Read only.
+        target: Tensors that exist already, with any content.
+        cast: Allow dtypes to change, rounding to nearest even.
+        where: What the source is called in messages.
+
+    Raises:
+        CheckpointError: Tensors that do not fit the plan, a dtype change not asked for, a constant or a tie that does not
+            hold. Names, shapes and dtypes are checked before anything is written.
+    """
+    held, made = source.tensors(), target.tensors()
+    check_tensors(plan.source_tensors, held, where)
+    check_tensors(plan.target_tensors, made, "the target")
+    casts = casts_of(plan, held, made)
+    if not cast:
+        refuse_casts(casts)
+    problems = constant_faults(plan.constants, source.tensor)
+    written = 0
+    verify = [copy for copy in plan.copies if copy.kind == "verify"]
+    with torch.no_grad():
+        for key, copies, fills in plan.by_target():
+            into = target.tensor(key)
+            for copy in copies:
+                if copy.kind != "verify":
+                    apply(copy, source.tensor(copy.source.key), into)
+            for part in fills:
+                fill(part, into)
+            written += into.numel() * into.element_size()
+        for copy in verify:
+            first = target.tensor(copy.target.key)
+            second = source.tensor(copy.source.key)
+            fault = tied_fault(copy, second.to(first.dtype), first)
+            problems += [fault] if fault else []
+    if problems:
+        raise CheckpointError(listing(f"{where}: values that must be equal are not", set(problems)))
+    return Transfer(tensors=len(plan.target_tensors), bytes=written, casts=casts)

@@ -1,0 +1,116 @@
+"""A tiny suite and model for the plugin, and pytest runs of it in processes of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import parity
+
+LLAMA = {
+    "model_type": "llama",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_size": 96,
+    "intermediate_size": 144,
+    "num_hidden_layers": 6,
+}
+
+STAND_IN = '''
+"""Puts a small suite in place of the shipped one, and a reader of plain folders in place of `parity.subjects`."""
+import json, pathlib, sys, types
+
+import parity.plugin
+from converters.errors import SourceError
+
+parity.plugin.SUITE = "small_suite"
+
+
+def config_of(model, *, revision, size, layers):
+    path = pathlib.Path(model, "config.json")
+    if not path.is_file():
+        raise SourceError(f"expected a folder with config.json, found {model!r}")
+    config = json.loads(path.read_text())
+    return config | ({"num_hidden_layers": layers} if layers else {})
+
+
+def subject(model, *, revision, weights, size, layers, trust_remote_code):
+    return types.SimpleNamespace(name=model, weights=weights, size=size)
+
+
+subjects = types.ModuleType("parity.subjects")
+subjects.config_of, subjects.subject = config_of, subject
+sys.modules["parity.subjects"] = subjects
+'''
+
+CHECKS = """
+import os, warnings
+import pytest
+
+ALIVE = []
+
+
+def test_plan(case, record):
+    warnings.warn("a library's", UserWarning)
+    record.proved("plan", count=1_235_814_400, unit="elements")
+
+
+def test_weights(case, record, subject):
+    ALIVE.append(id(subject))
+    assert len(set(ALIVE)) == 1, "built once a session"
+    record.equal("weights to Megatron", count=146, unit="tensors")
+    record.equal("weights back", count=146, unit="tensors")
+
+
+def test_logits(case, record, tmp_path_factory):
+    record.within("logits", measured=5.5e-5, bound=9.5e-4, unit="max |d|, every token")
+
+
+def test_worker(case, record, worker_id="master"):
+    name = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    with open(os.environ["PLACES"], "a") as file:
+        file.write(f"{case.topology} {name}\\n")
+"""
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def model(pytester: pytest.Pytester) -> Path:
+    """A folder that holds nothing but a config, beside the folder that the runs start in."""
+    folder = pytester.path.parent / "Llama-Small"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+@pytest.fixture
+def checks(pytester: pytest.Pytester) -> Path:
+    """The small suite's first module; more may be written beside it."""
+    suite = pytester.path.parent / "plugins" / "small_suite"
+    suite.mkdir(parents=True, exist_ok=True)
+    (suite / "__init__.py").write_text("")
+    (suite.parent / "stand_in.py").write_text(STAND_IN)
+    (suite / "test_a_small.py").write_text(CHECKS)
+    return suite / "test_a_small.py"
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, checks: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run pytest on the small suite in an empty folder, in its own process; extra arguments are pytest's."""
+    root = Path(parity.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{root}:{checks.parents[1]}")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("PLACES", str(pytester.path.parent / "places.txt"))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+
+    def run(*arguments: object) -> pytest.RunResult:
+        plugins = ("-p", "parity.plugin", "-p", "stand_in", "-p", "no:hypothesispytest", "-p", "no:timeout")
+        return pytester.runpytest_subprocess(*plugins, *map(str, arguments), timeout=60)
+
+    return run

@@ -1,0 +1,59 @@
+"""One zygote with torch for all tests here, and the check that no test leaves a process or a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from parity.ranks import Zygote
+
+
+def descendants(pid: int) -> set[int]:
+    """The pids of all processes below `pid`, zombies included."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found: set[int] = set()
+    level = {pid}
+    while level := {child for child, parent in parents.items() if parent in level} - found:
+        found |= level
+    return found
+
+
+def files(folder: Path) -> set[Path]:
+    """What lies in `folder`, but for the cache that an import of torch's compiler makes."""
+    return {path for path in folder.rglob("*") if "torchinductor" not in str(path)}
+
+
+@pytest.fixture(scope="session")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder in which everything temporary is made."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("TMPDIR", str(folder))
+        yield folder
+    assert files(folder) == set()
+
+
+@pytest.fixture(scope="session")
+def zygote(temporary: Path) -> Iterator[Zygote]:
+    """A zygote that is warm."""
+    with Zygote() as zygote:
+        zygote.run("os:getpid", backend=None)
+        yield zygote
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(zygote: Zygote, temporary: Path) -> Iterator[None]:
+    """Fails a test after which a process or a file is there that was not there before."""
+    before = descendants(os.getpid()), files(temporary)
+    yield
+    assert (descendants(os.getpid()), files(temporary)) == before
