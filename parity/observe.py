@@ -111,6 +111,7 @@ def hf_logits(
     labels: Tensor | None = None,
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32",
     attention: Literal["eager", "sdpa"] = "eager",
+    oracle: bool = False,
 ) -> Observation:
     """Run transformers' `LlamaForCausalLM` on the checkpoint in `folder`.
 
@@ -124,11 +125,14 @@ def hf_logits(
         labels: `[b s]` int64, the label of each token (already shifted).
         dtype: Of weights and activations.
         attention: transformers' attention implementation.
+        oracle: Compute in float32 with the weights of `dtype`, so that only the weights are rounded.
     """
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
     model.eval()  # type: ignore[no-untyped-call]
+    if oracle:
+        model.float()
     with torch.no_grad():
         logits = model(
             input_ids=tokens,

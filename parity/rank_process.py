@@ -95,7 +95,7 @@ def live(order: Order, rank: int, zygote: int, listener: socket.socket | None) -
         except BaseException as error:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # room to tell the tale
-            _write(order.folder / f"{rank}.failure", _raised(error))
+            write(order.folder / f"{rank}.failure", _raised(error))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -166,7 +166,7 @@ def _work(order: Order, rank: int, listener: socket.socket | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory("self", "VmData") + order.memory_limit, hard))
     value = function(*args, **kwargs)
     try:
-        _write(order.folder / f"{rank}.value", value)
+        write(order.folder / f"{rank}.value", value)
     except (TypeError, AttributeError, pickle.PicklingError) as error:
         raise TypeError(
             f"{order.function} must return what pickle can carry, found {type(value).__qualname__}: {error}. "
@@ -268,9 +268,40 @@ def _raised(error: BaseException) -> Raised:
     )
 
 
-def _write(path: Path, value: object) -> None:
+def write(path: Path, value: object) -> None:
     """Pickle `value` into `path`, which appears only when it is whole."""
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
-        pickle.dump(value, file, protocol=pickle.HIGHEST_PROTOCOL)
+        _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     part.replace(path)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles the memory of CPU tensors as plain bytes, once where tensors share it.
+
+    torch's own way is slower, copies shared memory for each tensor, and names whatever `torch.storage._load_from_bytes`
+    is at the moment: in a rank that has imported Megatron, that is a function of Megatron's, so that its reader, the
+    process that runs the tests, would import Megatron too.
+
+    Source: NVIDIA/Megatron-LM core_v0.19.2, megatron/core/__init__.py (assigns `safe_load_from_bytes`).
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None and obj.__class__.__module__ == "torch.storage" and obj.device.type == "cpu":
+            if isinstance(obj, torch.TypedStorage):
+                return _typed_storage, (obj._untyped_storage, obj.dtype)
+            return _untyped_storage, (torch.empty(0, dtype=torch.uint8).set_(obj).numpy().tobytes(),)
+        return NotImplemented
+
+
+def _typed_storage(untyped: Any, dtype: Any) -> Any:
+    import torch
+
+    return torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+
+def _untyped_storage(data: bytes) -> Any:
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage() if data else torch.UntypedStorage(0)

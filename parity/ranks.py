@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from parity.rank_failure import Observed, RankFailure, judge, log_tail
-from parity.rank_process import Order, Reference, memory
+from parity.rank_process import Order, Reference, memory, write
 from parity.zygote import Broken, Dump, Ended, Gone, Kill, Ready, Setup, Started
 
 __all__ = ["PRELOAD", "RankFailure", "Zygote", "ZygoteError"]
@@ -134,10 +134,6 @@ class Zygote:
         if coords is not None and len(coords) != world:
             raise ValueError(f"expected one coord a rank, found {len(coords)} for world={world}")
         reference = _reference(function)
-        try:
-            arguments = pickle.dumps((args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
-        except Exception as error:
-            raise TypeError(f"the arguments of {reference} must be what pickle can carry: {error}") from error
         threads = str(self._threads)
         environ = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WORLD_SIZE": str(world)}
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name may resolve to nowhere
@@ -147,7 +143,10 @@ class Zygote:
             try:
                 process.wait_ready()
                 folder.mkdir()
-                (folder / "arguments").write_bytes(arguments)
+                try:
+                    write(folder / "arguments", (args, kwargs))
+                except (TypeError, AttributeError, pickle.PicklingError) as error:
+                    raise TypeError(f"the arguments of {reference} must be what pickle can carry: {error}") from error
                 order = Order(
                     function=reference,
                     folder=folder,

@@ -79,7 +79,7 @@ class Record:
     """The fixture `record`: each method stores a measurement, then fails the test if it does not pass.
 
     Args:
-        store: Takes the name and value of a user property (pytest's `record_property`).
+        store: Takes the name and value of a user property (as pytest's `record_property`).
         subject: What the test is about, for failure messages: the id of its case, or the test's own.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ CASE_PROPERTY = "parity_case"
 """Name of the user property that says which case a test belongs to."""
 
 STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "skip": "yellow", "xfail": "yellow"}
-HEADINGS = ("check", "measured", "bound", "margin", "unit", "seconds", "verdict")
+HEADINGS = ("check", "measured", "bound", "margin", "seconds", "verdict", "unit")
 INDENT = 2
 CAUSE_LINES = 12
+CAUSE_WIDTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,10 @@ class Row:
         seconds = f"{self.seconds:.2f}"
         m = self.measurement
         if m is None:
-            first = self.cause.strip().splitlines()[0] if self.cause.strip() else "nothing measured"
-            return (self.check, "-", "-", "-", first, seconds, self.verdict)
-        return (m.check, quantity(m.measured), quantity(m.bound), _margin(m), m.unit, seconds, self.verdict)
+            line = next(iter(self.cause.strip().splitlines()), "nothing measured")
+            short = textwrap.shorten(line, CAUSE_WIDTH, placeholder=" ...")
+            return (self.check, "-", "-", "-", seconds, self.verdict, short)
+        return (m.check, quantity(m.measured), quantity(m.bound), _margin(m), seconds, self.verdict, m.unit)
 
 
 @dataclass
@@ -157,8 +160,7 @@ def render(rows: Sequence[Row], *, colour: bool, width: int | None = None) -> st
     cells = [row.cells() for row in rows]
     widest = [max(len(line[i]) for line in [HEADINGS, *cells]) for i in range(len(HEADINGS))]
     widest[0] = min(widest[0], 28)
-    others = sum(widest) - widest[4] + 2 * (len(HEADINGS) - 1) + INDENT
-    widest[4] = min(widest[4], max(columns - others, 12))
+    widest[-1] = max(columns - INDENT - sum(widest[:-1]) - 2 * (len(HEADINGS) - 1), 12)
 
     def table(lines: Iterable[tuple[Sequence[str], str]]) -> Table:
         out = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)

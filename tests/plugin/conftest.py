@@ -70,7 +70,7 @@ def test_logits(case, record, tmp_path_factory):
     record.within("logits", measured=5.5e-5, bound=9.5e-4, unit="max |d|, every token")
 
 
-def test_worker(case, record, worker_id="master"):
+def test_worker(case):
     name = os.environ.get("PYTEST_XDIST_WORKER", "main")
     with open(os.environ["PLACES"], "a") as file:
         file.write(f"{case.topology} {name}\\n")
@@ -80,19 +80,19 @@ Run = Callable[..., pytest.RunResult]
 
 
 @pytest.fixture
-def model(pytester: pytest.Pytester) -> Path:
-    """A folder that holds nothing but a config, beside the folder that the runs start in."""
-    folder = pytester.path.parent / "Llama-Small"
-    folder.mkdir(exist_ok=True)
+def model(tmp_path: Path) -> Path:
+    """A folder that holds nothing but a config, away from the folder that the runs start in."""
+    folder = tmp_path / "Llama-Small"
+    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
     return folder
 
 
 @pytest.fixture
-def checks(pytester: pytest.Pytester) -> Path:
+def checks(tmp_path: Path) -> Path:
     """The small suite's first module; more may be written beside it."""
-    suite = pytester.path.parent / "plugins" / "small_suite"
-    suite.mkdir(parents=True, exist_ok=True)
+    suite = tmp_path / "plugins" / "small_suite"
+    suite.mkdir(parents=True)
     (suite / "__init__.py").write_text("")
     (suite.parent / "stand_in.py").write_text(STAND_IN)
     (suite / "test_a_small.py").write_text(CHECKS)
@@ -100,13 +100,19 @@ def checks(pytester: pytest.Pytester) -> Path:
 
 
 @pytest.fixture
-def run(pytester: pytest.Pytester, checks: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def places(tmp_path: Path) -> Path:
+    """Where `test_worker` writes which worker ran which topology."""
+    return tmp_path / "places.txt"
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, checks: Path, places: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest on the small suite in an empty folder, in its own process; extra arguments are pytest's."""
     root = Path(parity.__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", f"{root}:{checks.parents[1]}")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("PLACES", str(pytester.path.parent / "places.txt"))
+    monkeypatch.setenv("PLACES", str(places))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
     def run(*arguments: object) -> pytest.RunResult:

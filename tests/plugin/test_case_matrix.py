@@ -136,7 +136,9 @@ def test_megatron_refuses_the_same() -> None:
             continue
         sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 24, "hidden_size": 96}
         ours = refusals({**sizes, "intermediate_size": 24 * 8}, Topology(tp=tp))
-        refused = contextlib.nullcontext() if not ours else pytest.raises(ValueError, match="tensor_model_parallel_size")
+        refused = (
+            contextlib.nullcontext() if not ours else pytest.raises(ValueError, match="tensor_model_parallel_size")
+        )
         with refused:
             transformer_config.TransformerConfig(
                 num_layers=2,

@@ -104,7 +104,7 @@ def test_all_wrong_values_are_told_at_once() -> None:
 
 def test_tiny_has_seeded_weights() -> None:
     assert read(size="tiny").weights == "seeded"
-    with pytest.raises(pytest.UsageError, match="--weights checkpoint: --size tiny has seeded weights only"):
+    with pytest.raises(pytest.UsageError, match="--weights checkpoint: --size tiny has no checkpoint"):
         read(size="tiny", weights="checkpoint")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickletools
 import signal
 import subprocess
 import sys
@@ -57,11 +58,30 @@ def left_behind() -> str | None:
 
 
 def large() -> dict[str, Any]:
-    """40 MB of float32, and a bfloat16 view that shares its storage with its neighbour."""
+    """40 MB of float32, and tensors of several kinds, two of them views of the same memory."""
     import torch
 
     whole = torch.arange(8, dtype=torch.bfloat16)
-    return {"large": torch.arange(10_000_000, dtype=torch.float32), "head": whole[:3], "tail": whole[3:]}
+    return {
+        "large": torch.arange(10_000_000, dtype=torch.float32),
+        "head": whole[:3],
+        "tail": whole[3:],
+        "transposed": torch.arange(6).reshape(2, 3).t(),
+        "empty": torch.empty(0, 4),
+        "parameter": torch.nn.Parameter(torch.ones(2, dtype=torch.float64)),
+        "fp8": torch.tensor([0.5, -448.0]).to(torch.float8_e4m3fn),
+    }
+
+
+def pickled_names() -> list[str]:
+    """The strings, such as the names of modules, in a pickled tensor as ranks write it."""
+    import torch
+
+    from parity.rank_process import write
+
+    write(Path("pickle"), torch.ones(2))
+    found = [argument for _, argument, _ in pickletools.genops(Path("pickle").read_bytes())]
+    return [argument for argument in found if isinstance(argument, str)]
 
 
 def early_return() -> float:

@@ -73,11 +73,26 @@ def test_tensors_and_arrays_travel(zygote: Zygote) -> None:
     (result,) = zygote.run(rank_functions.large, backend=None)
     assert torch.equal(result["large"], torch.arange(10_000_000, dtype=torch.float32))
     assert torch.equal(torch.cat([result["head"], result["tail"]]), torch.arange(8, dtype=torch.bfloat16))
+    assert result["head"].untyped_storage().data_ptr() == result["tail"].untyped_storage().data_ptr()
+    assert result["transposed"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert result["empty"].shape == (0, 4)
+    assert isinstance(result["parameter"], torch.nn.Parameter)
+    assert result["parameter"].tolist() == [1.0, 1.0]
+    assert result["fp8"].dtype == torch.float8_e4m3fn
+    assert result["fp8"].float().tolist() == [0.5, -448.0]
     sent = {"a": np.arange(6).reshape(2, 3), "t": torch.eye(3)}
     for got in zygote.run(rank_functions.same, sent, world=2, backend=None):
         assert isinstance(got, dict)
         assert np.array_equal(got["a"], sent["a"])
         assert torch.equal(got["t"], torch.eye(3))
+
+
+def test_results_name_no_module_of_megatron(zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the process that runs the tests would import it, to read them."""
+    monkeypatch.chdir(tmp_path)
+    (names,) = zygote.run(rank_functions.pickled_names, backend=None)
+    assert "torch._utils" in names
+    assert [name for name in names if name.startswith("megatron")] == []
 
 
 def test_a_function_by_name(zygote: Zygote) -> None:

@@ -1,0 +1,81 @@
+"""How far two evaluations of one model may differ: derived from what was measured in the same run, never chosen.
+
+In float32 the *floor* is the largest difference between evaluations that are equal in exact arithmetic, and a candidate
+passes within `FLOORS` of them: the subtlest real fault that is known stands at 280 floors (rms_norm_eps and its like),
+the candidate's own reordering at one or two.
+
+In bfloat16 rounding is as large as a fault, and the two sides round at different places. There both are held against a
+float32 evaluation of the same rounded weights: the candidate must be about as near to it as the reference is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+FLOORS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """A distance between two arrays of one shape.
+
+    Args:
+        value: In the units of the arrays.
+        where: Index of the largest difference.
+    """
+
+    value: float
+    where: tuple[int, ...]
+
+
+def largest(actual: Floats, expected: Floats) -> Distance:
+    """The largest absolute difference; NaN where either side has one.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
+    difference = _difference(actual, expected)
+    at = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
+    where = tuple(int(i) for i in np.unravel_index(at, difference.shape))
+    return Distance(value=float(difference[where]), where=where)
+
+
+def rms(actual: Floats, expected: Floats) -> Distance:
+    """The root of the mean squared difference, and the index of the largest one."""
+    difference = _difference(actual, expected).astype(np.float64)
+    return Distance(value=float(np.sqrt(np.mean(difference**2))), where=largest(actual, expected).where)
+
+
+def _difference(actual: Floats, expected: Floats) -> Floats:
+    if actual.shape != expected.shape:
+        raise ValueError(f"expected shape {expected.shape}, found {actual.shape}")
+    return np.abs(actual - expected)
+
+
+def floor(evaluations: list[Floats]) -> float:
+    """The largest difference between any of `evaluations` and the first, which are equal in exact arithmetic."""
+    return max(largest(other, evaluations[0]).value for other in evaluations[1:])
+
+
+def allowed(floor_value: float, scale: float) -> float:
+    """The bound in float32: `FLOORS` floors, of at least one rounding step of a number of size `scale`.
+
+    A floor of zero would mean that the evaluations happened to agree to the bit (a tiny model), not that nothing rounds.
+    """
+    return FLOORS * max(floor_value, scale * 2.0**-24)
+
+
+def nearness(reference: float, tp: int) -> float:
+    """The bound in bfloat16, for the candidate's rms distance from the oracle, given the reference's.
+
+    A row-parallel layer rounds each of its `tp` partial sums, and again at each of the `tp - 1` additions, where one
+    rank rounds once; independent errors add as squares. The factor 2 is for two evaluations at one rank that round at
+    different places.
+    """
+    return 2.0 * math.sqrt(2 * tp - 1) * reference

@@ -1,0 +1,228 @@
+"""What runs inside ranks for the suite: build, load, observe, export. Everything here is called through a zygote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from converters.bridge import AutoBridge
+from converters.execute import bits
+from converters.topology import Topology
+from parity import coded, observe
+from parity.probes import Probe
+from parity.statement import expected_shard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """transformers on one probe: evaluations that are equal in exact arithmetic, and an oracle below float32.
+
+    Attributes:
+        eager: Plain attention.
+        others: The same model evaluated otherwise: fused attention, and one sequence at a time.
+        oracle: In float32 with the weights of the reduced precision; `None` in float32.
+    """
+
+    eager: observe.Observation
+    others: tuple[observe.Observation, ...]
+    oracle: observe.Observation | None = None
+
+
+def references(folder: Path, probe: Probe, precision: str) -> References:
+    """Ask transformers. In one rank, without Megatron's runtime."""
+    tokens, labels = torch.from_numpy(probe.tokens), torch.from_numpy(probe.labels)
+    options: dict[str, Any] = {"labels": labels, "dtype": precision}
+    eager = observe.hf_logits(folder, tokens, attention="eager", **options)
+    fused = observe.hf_logits(folder, tokens, attention="sdpa", **options)
+    alone = [
+        observe.hf_logits(folder, tokens[row : row + 1], labels=labels[row : row + 1], dtype=precision)  # type: ignore[arg-type]
+        for row in range(len(tokens))
+    ]
+    losses = [one.loss for one in alone if one.loss is not None]
+    single = observe.Observation(logits=np.concatenate([one.logits for one in alone]), loss=np.concatenate(losses))
+    oracle = observe.hf_logits(folder, tokens, oracle=True, **options) if precision != "fp32" else None
+    return References(eager=eager, others=(fused, single), oracle=oracle)
+
+
+def megatron(folder: Path, topology: Topology, precision: str, *, load: bool = True) -> tuple[AutoBridge, Any, list[Any]]:
+    """The real model on this rank: bridge, provider, model chunks."""
+    from converters.megatron import runtime
+
+    if not torch.cuda.is_available():
+        runtime.install()
+    else:
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider(load_weights=load, cast=precision != "fp32")
+    provider.tensor_model_parallel_size = topology.tp
+    provider.pipeline_model_parallel_size = topology.pp
+    provider.virtual_pipeline_model_parallel_size = topology.vpp if topology.vpp > 1 else None
+    provider.context_parallel_size = topology.cp
+    provider.sequence_parallel = topology.sp
+    provider.num_layers_in_first_pipeline_stage = topology.first_stage_layers
+    provider.num_layers_in_last_pipeline_stage = topology.last_stage_layers
+    provider.account_for_embedding_in_pipeline_split = topology.count_embedding
+    provider.account_for_loss_in_pipeline_split = topology.count_loss
+    provider.params_dtype = DTYPES[precision]
+    provider.bf16, provider.fp16 = precision == "bf16", False
+    return bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)
+
+
+def forward(folder: Path, topology: Topology, precision: str, probe: Probe) -> observe.Observation | None:
+    """Logits and loss of the imported model; on the rank that has them."""
+    _, provider, chunks = megatron(folder, topology, precision)
+    tokens, labels = torch.from_numpy(probe.tokens), torch.from_numpy(probe.labels)
+    return observe.megatron_logits(chunks, provider, tokens, labels=labels)
+
+
+def imported(folder: Path, topology: Topology, precision: str) -> tuple[int, list[str]]:
+    """Import a coded checkpoint through the product, and compare each parameter with an independent statement.
+
+    Returns:
+        The number of parameters compared on this rank, and what differs: parameter, element, what it should be and is.
+    """
+    from converters.megatron import specs
+    from converters.megatron.provider import unwrap
+
+    bridge, provider, chunks = megatron(folder, topology, precision)
+    table = _table(folder)
+    expected_of = _read(folder)
+    differing: list[str] = []
+    count = 0
+    coord = topology.coord(dist.get_rank())
+    for chunk, place in zip(chunks, topology.chunks_of(coord), strict=True):
+        stated = expected_shard(
+            expected_of,
+            _filled(bridge),
+            topology,
+            place,
+            make_vocab_size_divisible_by=provider.make_vocab_size_divisible_by,
+            spec=specs.resolve(provider.layer_spec),
+        )
+        held = {name: parameter.data.cpu() for name, parameter in unwrap(chunk).named_parameters()}
+        count += len(stated)
+        differing += [f"{place}: {name} is not held" for name in sorted(set(stated) - set(held))]
+        differing += [f"{place}: {name} should not be held" for name in sorted(set(held) - set(stated))]
+        for name in sorted(set(held) & set(stated)):
+            differing += [f"{place}: {line}" for line in _differences(name, held[name], stated[name], table)]
+    return count, differing
+
+
+def exported(folder: Path, topology: Topology, precision: str) -> tuple[int, list[str]]:
+    """Export a model whose parameters are set by the independent statement, and compare with the coded checkpoint.
+
+    Returns:
+        As `imported`, for the Hugging Face tensors; only rank 0 compares.
+    """
+    from converters.megatron import specs
+    from converters.megatron.provider import unwrap
+
+    bridge, provider, chunks = megatron(folder, topology, precision, load=False)
+    source = _read(folder)
+    coord = topology.coord(dist.get_rank())
+    for chunk, place in zip(chunks, topology.chunks_of(coord), strict=True):
+        stated = expected_shard(source, _filled(bridge), topology, place, spec=specs.resolve(provider.layer_spec))
+        for name, parameter in unwrap(chunk).named_parameters():
+            parameter.data.copy_(stated[name])
+    differing: list[str] = []
+    seen = set()
+    table = _table(folder)
+    for key, tensor in bridge.export_hf_weights(chunks):
+        if dist.get_rank() == 0:
+            seen.add(key)
+            differing += _differences(key, tensor.cpu(), source[key], table) if key in source else [f"{key}: not a key"]
+    if dist.get_rank() == 0:
+        differing += [f"{key}: not exported" for key in sorted(set(source) - seen)]
+    return len(seen), differing
+
+
+def round_trip(folder: Path, topology: Topology, precision: str, target: Path) -> tuple[int, list[str]]:
+    """Import, export to files, and compare the folders: keys, shapes, dtypes, bits, and every other file.
+
+    Returns:
+        Tensors and files compared, and what differs; only rank 0 compares.
+    """
+    bridge, _, chunks = megatron(folder, topology, precision)
+    bridge.save_hf_pretrained(chunks, target)
+    if dist.get_rank() != 0:
+        return 0, []
+    return compare_folders(folder, target, DTYPES[precision])
+
+
+def compare_folders(folder: Path, target: Path, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """What differs between a checkpoint and its round trip; tensors are expected in `dtype`, rounded once.
+
+    Returns:
+        Tensors and files compared, and what differs.
+    """
+    before, after = _read(folder), _read(target)
+    differing = [f"{key}: lost" for key in sorted(set(before) - set(after))]
+    differing += [f"{key}: new" for key in sorted(set(after) - set(before))]
+    for key in sorted(set(before) & set(after)):
+        differing += _differences(key, after[key], before[key].to(dtype), None)
+    kept = before and next(iter(before.values())).dtype == dtype
+    files = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".md", ".lock"))
+    ]
+    for name in files:
+        if name == "config.json" and not kept:
+            old, new = (json.loads((at / name).read_text()) for at in (folder, target))
+            dtypes = {field: new.pop(field, None) for field in ("dtype", "torch_dtype")}
+            if {field: old.pop(field, None) and None for field in dtypes} and old != new:
+                differing.append("config.json: fields besides dtype differ")
+            if str(dtype).removeprefix("torch.") not in dtypes.values():
+                differing.append(f"config.json: says {dtypes}, the tensors are {dtype}")
+        elif not (target / name).is_file() or (folder / name).read_bytes() != (target / name).read_bytes():
+            differing.append(f"{name}: not the same bytes")
+    return len(before) + len(files), differing
+
+
+def _differences(name: str, actual: torch.Tensor, expected: torch.Tensor, table: coded.Table | None) -> list[str]:
+    """What differs between two tensors, at most one line."""
+    if actual.shape != expected.shape:
+        return [f"{name}: expected shape {list(expected.shape)}, found {list(actual.shape)}"]
+    if actual.dtype != expected.dtype:
+        return [f"{name}: expected {expected.dtype}, found {actual.dtype}"]
+    wrong = bits(actual.contiguous()) != bits(expected.contiguous())
+    count = int(wrong.sum())
+    if not count:
+        return []
+    at = tuple(int(i) for i in torch.nonzero(wrong)[0])
+    left, right = float(expected[at]), float(actual[at])
+    if table is not None and actual.dtype == torch.float32:
+        shown = f"should be {coded.where_from(table, left)}, is {coded.where_from(table, right)}"
+    else:
+        shown = f"should be {left!r}, is {right!r}"
+    return [f"{name}: {count:,} of {wrong.numel():,} elements differ; the first, {list(at)}, {shown}"]
+
+
+def _filled(bridge: AutoBridge) -> Mapping[str, Any]:
+    """The config with transformers' defaults filled in."""
+    return {**bridge.source.config, **{name: bridge.ledger.hf[name] for name in bridge.ledger.defaulted}}
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, mapped."""
+    out: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        handle = safe_open(file, framework="pt")
+        out |= {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  # not a mapping
+    return out
+
+
+def _table(folder: Path) -> coded.Table:
+    from parity.seeded import key_table
+
+    return key_table(json.loads((folder / "config.json").read_text()))

@@ -1,0 +1,60 @@
+"""The imported model computes what transformers computes, on every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from parity.bounds import Distance, allowed, floor, largest, nearness, rms
+from parity.case import Case
+from parity.record import Record
+from parity.subjects import Subject
+
+Run = Callable[..., list[Any]]
+
+
+def test_logits_and_loss(
+    case: Case, subject: Subject, reference: tuple[Any, Any], in_ranks: Run, record: Record
+) -> None:
+    """Logits and loss of every token, within a bound measured in this run (see `parity.bounds`)."""
+    probe, said = reference
+    found = in_ranks("forward", subject.folder, case.topology, case.precision, probe)
+    (actual,) = [one for one in found if one is not None]
+    for check, of in (("logits", lambda o: o.logits), ("loss", lambda o: o.loss)):
+        exact = of(said.eager)
+        if case.precision == "fp32":
+            spread = floor([exact, *(of(other) for other in said.others)])
+            bound = allowed(spread, float(np.abs(exact).max()))
+            distance = largest(of(actual), exact)
+            unit, detail = "max |Δ|", f"floor {spread:.2e}: transformers against itself, evaluated otherwise"
+        else:
+            near = max(rms(of(one), of(said.oracle)).value for one in (said.eager, *said.others))
+            bound = nearness(near, case.topology.tp)
+            distance = rms(of(actual), of(said.oracle))
+            unit, detail = "rms from fp32", f"transformers' own distance from its float32 oracle: {near:.2e}"
+        record.within(
+            check,
+            measured=distance.value,
+            bound=bound,
+            unit=unit,
+            where=_place(distance),
+            detail=f"{detail}\nprobe: {probe.name}\nweights alone are checked bit for bit by 'import, coded': if that "
+            "passes, look at the config ledger (rope, eps, head_dim, activation) before the tensors",
+        )
+    if exactly(case):
+        differing = int((actual.logits != said.eager.logits).sum())
+        names = [f"{differing:,} logits"] if differing else []
+        record.equal("logits, to the bit", count=actual.logits.size, unit="logits", differing=names)
+
+
+def exactly(case: Case) -> bool:
+    """Whether Megatron's own layers run the very operations of transformers' eager attention, in the same order."""
+    one = case.topology.tp == case.topology.cp == case.topology.vpp == 1
+    return one and case.precision == "fp32" and case.device != "cuda"
+
+
+def _place(distance: Distance) -> str:
+    names = ("sequence", "token", "vocabulary row")
+    return ", ".join(f"{name} {at}" for name, at in zip(names, distance.where, strict=False))
