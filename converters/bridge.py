@@ -126,7 +126,14 @@ class AutoBridge:
         if provider.layernorm_zero_centered_gamma:
             extra |= {"layernorm_zero_centered_gamma"}
         config = self.source.config
-        return self.family.plan("hf", column, config, padded_vocab_size=provider.padded_vocab_size, features=extra)
+        return self.family.plan(
+            "hf",
+            column,
+            config,
+            padded_vocab_size=provider.padded_vocab_size,
+            padded_query_groups=provider.num_query_groups,
+            features=extra,
+        )
 
     def to_megatron_provider(self, load_weights: bool = True, *, cast: bool = False) -> GPTModelProvider:
         """A provider of this model. Set parallel sizes on it, then `provide_distributed_model()`.

@@ -73,10 +73,15 @@ class Proof:
 
 @dataclass
 class _Side:
-    """The regions of one side, by place and tensor: what must tile, and what may do so in its absence."""
+    """The regions of one side, by place and tensor.
+
+    Those of `once` and `constant` must tile a tensor; in a tensor without the first (a tied copy that is only held
+    against another) those of `verified` and `constant`.
+    """
 
     shapes: dict[tuple[Coord | None, str], int] = field(default_factory=dict)
     once: dict[tuple[Coord | None, str], list[Strided]] = field(default_factory=dict)
+    constant: dict[tuple[Coord | None, str], list[Strided]] = field(default_factory=dict)
     verified: dict[tuple[Coord | None, str], list[Strided]] = field(default_factory=dict)
 
     def tensors(self, place: Coord | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -86,9 +91,9 @@ class _Side:
                 elements *= extent
             self.shapes[place, key] = elements
 
-    def add(self, place: Coord | None, region: Region, shape: tuple[int, ...], *, verified: bool = False) -> None:
-        where = self.verified if verified else self.once
-        where.setdefault((place, region.key), []).append(strided(region.offset, region.strides, shape))
+    def add(self, where: str, place: Coord | None, region: Region, shape: tuple[int, ...]) -> None:
+        found: dict[tuple[Coord | None, str], list[Strided]] = getattr(self, where)
+        found.setdefault((place, region.key), []).append(strided(region.offset, region.strides, shape))
 
     def faults(self, side: str, verb: str, skip: Iterable[str] = ()) -> Iterator[str]:
         left_out = set(skip)
@@ -96,6 +101,7 @@ class _Side:
             if key in left_out:
                 continue
             boxes = self.once.get((place, key)) or self.verified.get((place, key), [])
+            boxes = boxes + self.constant.get((place, key), [])
             at = f" at {place}" if place is not None else ""
             found = faults(boxes, elements)
             yield from (f"{side} {key}{at} ({elements:,} elements): {f}".replace("covered", verb) for f in found[:3])
@@ -132,20 +138,20 @@ def prove(plan: Plan, *, source: Topology | None = None, target: Topology | None
         per_place[out_of, into] = part.elements
         for copy in part.copies:
             if not copy.source_replica and copy.kind != "verify":
-                writes.add(into, copy.target, copy.shape)
+                writes.add("once", into, copy.target, copy.shape)
             if not copy.target_replica and copy.kind != "tie":
-                reads.add(out_of, copy.source, copy.shape, verified=copy.kind == "verify")
+                reads.add("verified" if copy.kind == "verify" else "once", out_of, copy.source, copy.shape)
             if not (copy.source_replica or copy.target_replica):
                 moved += copy.elements if copy.kind == "move" else 0
                 if copy.kind != "move":
                     tied[copy.rule] = tied.get(copy.rule, 0) + copy.elements
         if out_of == sources[0][0]:
             for fill in part.fills:
-                writes.add(into, fill.region, fill.shape)
+                writes.add("constant", into, fill.region, fill.shape)
                 padding[fill.region.key] = padding.get(fill.region.key, 0) + (0 if fill.replica else fill.elements)
         if into == targets[0][0]:
             for fill in part.constants:
-                reads.add(out_of, fill.region, fill.shape)
+                reads.add("constant", out_of, fill.region, fill.shape)
                 constants[fill.region.key] = constants.get(fill.region.key, 0) + (0 if fill.replica else fill.elements)
     broken = [
         *writes.faults(plan.target, "written"),

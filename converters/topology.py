@@ -227,6 +227,19 @@ class Topology:
         assert first is not None
         raise first
 
+    def query_groups(self, groups: int, heads_per_group: int) -> int:
+        """The least number of key-value groups, `groups` or more, that Megatron-Core can cut over tp.
+
+        More than `groups` means groups of zeros (ghosts): exact, and left zero by training.
+
+        Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/attention.py `Attention.__init__`: tp divides
+            the groups, or the groups divide tp and each rank takes its part of a group's query heads.
+        """
+        count = groups
+        while count % self.tp and (self.tp % count or heads_per_group % (self.tp // count)):
+            count += 1
+        return count
+
     def __str__(self) -> str:
         shown = [f"tp{self.tp}", f"pp{self.pp}"]
         shown += [f"{name}{getattr(self, name)}" for name in ("vpp", "cp", "ep", "dp") if getattr(self, name) > 1]

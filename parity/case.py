@@ -7,17 +7,21 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import ConfigError, TopologyError
 from converters.topology import Topology
 from parity.options import Options
 
+if TYPE_CHECKING:
+    from parity.subjects import Size, Weights
+
 
 class ConfigOf(Protocol):
     """What tells the HF config of a model before any weight is read; `parity.subjects.config_of` is one."""
 
-    def __call__(self, model: str, *, revision: str | None, size: str, layers: int | None) -> Mapping[str, Any]:
+    def __call__(self, model: str, *, revision: str | None, size: Size, layers: int | None) -> Mapping[str, Any]:
         """The config, with `size` and `layers` applied."""
 
 
@@ -27,7 +31,7 @@ class Case:
 
     Args:
         model: As it was given to `--model`.
-        slug: A short name of the model for ids and file names.
+        slug: The model's part of the id; cases that agree in it share one subject.
         topology: The parallel layout, with its layers placed.
         precision: `fp32` or `bf16`.
         backend: What the model is compared with.
@@ -38,6 +42,7 @@ class Case:
         layers: Number of first layers kept, or `None` for all.
         trust_remote_code: Whether code that comes with the model may run.
         rank_timeout: Seconds that ranks may take over one check.
+        ghost_groups: Key-value groups of zeros that it takes for heads to divide over tp.
     """
 
     model: str
@@ -47,23 +52,17 @@ class Case:
     backend: str = "megatron"
     device: str = "auto"
     revision: str | None = None
-    weights: str = "checkpoint"
-    size: str = "full"
+    weights: Weights = "checkpoint"
+    size: Size = "full"
     layers: int | None = None
     trust_remote_code: bool = False
     rank_timeout: float = 300.0
+    ghost_groups: int = 0
 
     @property
     def id(self) -> str:
         """For example `llama-3.2-1b-tiny-tp2-pp1-fp32-megatron`; parts at their default stay out, but for tp and pp."""
-        return "-".join([self.model_id, self.topology_id, self.precision, self.backend])
-
-    @property
-    def model_id(self) -> str:
-        """The model's part of the id: cases that agree in it share one subject."""
-        seeded = self.weights == "seeded" and self.size == "full"
-        shown = [self.slug] + ["tiny"] * (self.size == "tiny") + ["seeded"] * seeded
-        return "-".join(shown + [f"{self.layers}layers"] * (self.layers is not None))
+        return "-".join([self.slug, self.topology_id, self.precision, self.backend])
 
     @property
     def topology_id(self) -> str:
@@ -74,11 +73,15 @@ class Case:
     @property
     def note(self) -> str:
         """What was chosen for this case rather than asked for, as a clause, or an empty string."""
+        chosen = []
         counted = [f"the {name}" for name, on in self._counted if on]
-        if not counted:
-            return ""
-        each = "counts as a layer" if len(counted) == 1 else "count as a layer each"
-        return f"layers do not divide evenly, so {' and '.join(counted)} {each}"
+        if counted:
+            each = "counts as a layer" if len(counted) == 1 else "count as a layer each"
+            chosen.append(f"layers do not divide evenly, so {' and '.join(counted)} {each}")
+        if self.ghost_groups:
+            added = "a key-value group of zeros is" if self.ghost_groups == 1 else f"{self.ghost_groups} key-value groups of zeros are"
+            chosen.append(f"heads do not divide over tp, so {added} added (exact)")
+        return "; ".join(chosen)
 
     @property
     def _counted(self) -> tuple[tuple[str, bool], ...]:
@@ -93,7 +96,7 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
     """
     cases: list[Case] = []
     left_out: list[tuple[str, str]] = []
-    for model, slug in slugs(options.models).items():
+    for model, slug in slugs(options).items():
         config = config_of(model, revision=options.revision, size=options.size, layers=options.layers)
         layers = _field(config, "num_hidden_layers")
         meshes = itertools.product(options.tp, options.pp, options.vpp, options.cp, options.sp)
@@ -116,15 +119,14 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
                 topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=sp)
             except TopologyError as error:
                 mesh = f"tp{tp}-pp{pp}" + f"-vpp{vpp}" * (vpp > 1) + f"-cp{cp}" * (cp > 1) + "-sp" * sp
-                model_id = Case(topology=Topology(), **shared).model_id
-                left_out.append(("-".join([model_id, mesh, precision, backend]), str(error)))
+                left_out.append(("-".join([slug, mesh, precision, backend]), str(error)))
                 continue
             try:
                 topology = topology.evenly(layers)
             except TopologyError as error:
                 reasons.append(str(error))
             reasons += refusals(config, topology)
-            case = Case(topology=topology, **shared)
+            case = Case(topology=topology, ghost_groups=_ghosts(config, topology), **shared)
             if reasons:
                 left_out.append((case.id, "; ".join(reasons)))
             else:
@@ -132,15 +134,20 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
     return cases, left_out
 
 
-def slugs(models: Sequence[str]) -> dict[str, str]:
-    """A short name for each model: its last path component, or all of it where two would be alike."""
-    short = {model: _slug(model.rstrip("/").rsplit("/", 1)[-1]) for model in models}
-    alike = {slug for slug in short.values() if list(short.values()).count(slug) > 1}
-    return {model: _slug(model) if slug in alike else slug for model, slug in short.items()}
+def slugs(options: Options) -> dict[str, str]:
+    """The id part of each model: what its subject is called, after the folder or owner where two would be alike."""
+    from parity.subjects import slug_of
+
+    short = {
+        model: slug_of(model, weights=options.weights, size=options.size, layers=options.layers)
+        for model in options.models
+    }
+    alike = [slug for slug in short.values() if list(short.values()).count(slug) > 1]
+    return {model: f"{_owner(model)}-{slug}" if slug in alike else slug for model, slug in short.items()}
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
+def _owner(model: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", str(Path(model).parent).lower()).strip("-.")
 
 
 def refusals(config: Mapping[str, Any], topology: Topology) -> list[str]:
@@ -161,13 +168,10 @@ def refusals(config: Mapping[str, Any], topology: Topology) -> list[str]:
     heads, hidden = _field(config, "num_attention_heads"), _field(config, "hidden_size")
     head_dim = config.get("head_dim") or hidden // heads
     reasons: list[str] = []
-    if heads % tp:
-        reasons.append(f"{heads} attention heads do not divide over tp={tp}")
     for groups in _distinct(_groups(config, heads)):
-        if groups % tp and tp % groups:
-            reasons.append(f"{groups} key-value groups are neither a multiple nor a divisor of tp={tp}")
-        elif not heads % tp and (heads + 2 * groups) * head_dim % tp:
-            rows = (heads + 2 * groups) * head_dim
+        held = topology.query_groups(groups, heads // groups)
+        rows = held * (heads // groups + 2) * head_dim
+        if rows % tp:
             reasons.append(f"the {rows} rows of the fused query-key-value matrix do not divide over tp={tp}")
     for width in _distinct(_widths(config, hidden)):
         if width % tp:
@@ -178,6 +182,13 @@ def refusals(config: Mapping[str, Any], topology: Topology) -> list[str]:
     if config.get("num_local_experts") and tp > 1 and not topology.sp:
         reasons.append(f"experts under tp={tp} cannot be trained without sequence parallelism: add --sp on")
     return reasons
+
+
+def _ghosts(config: Mapping[str, Any], topology: Topology) -> int:
+    """Key-value groups of zeros that it takes for the heads of a model of equal layers to divide."""
+    heads = _field(config, "num_attention_heads")
+    groups = config.get("num_key_value_heads") or heads
+    return 0 if _blocks(config) else topology.query_groups(groups, heads // groups) - groups
 
 
 def _groups(config: Mapping[str, Any], heads: int) -> Iterator[int]:

@@ -73,6 +73,7 @@ def megatron(folder: Path, topology: Topology, precision: str, *, load: bool = T
     provider.num_layers_in_last_pipeline_stage = topology.last_stage_layers
     provider.account_for_embedding_in_pipeline_split = topology.count_embedding
     provider.account_for_loss_in_pipeline_split = topology.count_loss
+    provider.pad_query_groups()
     provider.params_dtype = DTYPES[precision]
     provider.bf16, provider.fp16 = precision == "bf16", False
     return bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)
@@ -106,7 +107,7 @@ def imported(folder: Path, topology: Topology, precision: str) -> tuple[int, lis
             _filled(bridge),
             topology,
             place,
-            make_vocab_size_divisible_by=provider.make_vocab_size_divisible_by,
+            padded_query_groups=provider.num_query_groups,
             spec=specs.resolve(provider.layer_spec),
         )
         held = {name: parameter.data.cpu() for name, parameter in unwrap(chunk).named_parameters()}
@@ -131,7 +132,14 @@ def exported(folder: Path, topology: Topology, precision: str) -> tuple[int, lis
     source = _read(folder)
     coord = topology.coord(dist.get_rank())
     for chunk, place in zip(chunks, topology.chunks_of(coord), strict=True):
-        stated = expected_shard(source, _filled(bridge), topology, place, spec=specs.resolve(provider.layer_spec))
+        stated = expected_shard(
+            source,
+            _filled(bridge),
+            topology,
+            place,
+            padded_query_groups=provider.num_query_groups,
+            spec=specs.resolve(provider.layer_spec),
+        )
         for name, parameter in unwrap(chunk).named_parameters():
             parameter.data.copy_(stated[name])
     differing: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ def megatron_logits(
 
     Each rank passes the same probe. Three things are added and taken off again, none of which an earlier token can see:
 
-    - zeros at the end of each sequence, to a multiple of 2 x cp (x tp under sequence parallelism); masks are causal;
+    - zeros at the end of each sequence, to a multiple of 2 x cp, and of cp x tp under sequence parallelism: masks are
+      causal;
     - under interleaving, repeated sequences up to a multiple of the stages, since it needs a micro-batch for each;
     - the vocabulary's padding. In the loss its logits count as minus infinity: its zero rows would each add exp(0) to
       the denominator, which is a property of the padding, not of the model.
@@ -69,9 +71,8 @@ def megatron_logits(
 
     topology = provider.topology
     batch, length = tokens.shape
-    multiple = 2 * topology.cp if topology.cp > 1 else 1
-    if topology.sp:
-        multiple *= topology.tp
+    tp, cp = topology.tp, topology.cp
+    multiple = math.lcm(2 * cp if cp > 1 else 1, cp * tp if topology.sp else 1)
     missing = -length % multiple
     microbatches = topology.pp if topology.vpp > 1 else 1
     rows = torch.arange(-(-batch // microbatches) * microbatches) % batch
@@ -86,7 +87,7 @@ def megatron_logits(
     with _evaluating(chunks), torch.no_grad():
         gathered: list[tuple[Tensor, Tensor | None]] = get_forward_backward_func()(
             forward_step_func=lambda data, chunk: _forward(next(data), chunk, provider, unwrap(chunk)),
-            data_iterator=[probe.iterator(topology.cp) for _ in chunks],
+            data_iterator=[probe.iterator(cp) for _ in chunks],
             model=list(chunks),
             num_microbatches=microbatches,
             seq_length=length + missing,

@@ -7,11 +7,14 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from converters.errors import near
+
+if TYPE_CHECKING:
+    from parity.subjects import Size, Weights
 
 Parse = Callable[[str], Any]
 
@@ -34,8 +37,8 @@ class Options:
     sp: tuple[bool, ...]
     precision: tuple[str, ...]
     backend: tuple[str, ...]
-    weights: str
-    size: str
+    weights: Weights
+    size: Size
     layers: int | None
     device: str
     trust_remote_code: bool

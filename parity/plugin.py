@@ -248,8 +248,8 @@ def _subjects() -> Callable[[Case], Subject]:
     def of(case: Case) -> Subject:
         from parity.subjects import subject
 
-        if case.model_id not in known:
-            known[case.model_id] = subject(
+        if case.slug not in known:
+            known[case.slug] = subject(
                 case.model,
                 revision=case.revision,
                 weights=case.weights,
@@ -257,7 +257,7 @@ def _subjects() -> Callable[[Case], Subject]:
                 layers=case.layers,
                 trust_remote_code=case.trust_remote_code,
             )
-        return known[case.model_id]
+        return known[case.slug]
 
     return of
 

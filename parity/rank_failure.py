@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
 import signal
 import time
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from parity.pickled import read
 from parity.rank_process import Kind, Order, Raised, is_out_of_memory, memory
 
 _LOG_LINES = 40
@@ -149,7 +149,7 @@ class Observed:
             return End(rank=rank, kind=None, summary="had returned", traceback="", at=at)
         raised: Raised | None = None
         with contextlib.suppress(FileNotFoundError):
-            raised = pickle.loads((folder / f"{rank}.failure").read_bytes())
+            raised = read(folder / f"{rank}.failure")
         # What a rank says after the kill, such as that a peer is gone, is our own doing.
         if raised is not None and (self.killed_at is None or raised.at < self.killed_at):
             self.resident[rank] = raised.resident

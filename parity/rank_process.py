@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from parity.pickled import read, write
+
 Kind = Literal["exception", "signal", "timeout", "memory", "exit"]
 
 _OUT_OF_MEMORY = re.compile(r"not enough memory: you tried to allocate|bad_alloc|Cannot allocate memory|out of memory")
@@ -156,8 +158,7 @@ def _settle(order: Order, rank: int, zygote: int) -> None:
 def _work(order: Order, rank: int, listener: socket.socket | None) -> None:
     """Load the function, join the process group, call, and leave the result in a file."""
     function = _load(order.function)
-    with (order.folder / "arguments").open("rb") as file:
-        args, kwargs = pickle.load(file)
+    args, kwargs = read(order.folder / "arguments")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(order.threads)
     store = None if listener is None else _join(order, rank, listener)
@@ -266,42 +267,3 @@ def _raised(error: BaseException) -> Raised:
         resident=memory("self", "VmRSS"),
         at=time.monotonic(),
     )
-
-
-def write(path: Path, value: object) -> None:
-    """Pickle `value` into `path`, which appears only when it is whole."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    part.replace(path)
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles the memory of CPU tensors as plain bytes, once where tensors share it.
-
-    torch's own way is slower, copies shared memory for each tensor, and names whatever `torch.storage._load_from_bytes`
-    is at the moment: in a rank that has imported Megatron, that is a function of Megatron's, so that its reader, the
-    process that runs the tests, would import Megatron too.
-
-    Source: NVIDIA/Megatron-LM core_v0.19.2, megatron/core/__init__.py (assigns `safe_load_from_bytes`).
-    """
-
-    def reducer_override(self, obj: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is not None and obj.__class__.__module__ == "torch.storage" and obj.device.type == "cpu":
-            if isinstance(obj, torch.TypedStorage):
-                return _typed_storage, (obj._untyped_storage, obj.dtype)
-            return _untyped_storage, (torch.empty(0, dtype=torch.uint8).set_(obj).numpy().tobytes(),)
-        return NotImplemented
-
-
-def _typed_storage(untyped: Any, dtype: Any) -> Any:
-    import torch
-
-    return torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-
-
-def _untyped_storage(data: bytes) -> Any:
-    import torch
-
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage() if data else torch.UntypedStorage(0)

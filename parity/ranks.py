@@ -29,8 +29,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from parity.pickled import read, write
 from parity.rank_failure import Observed, RankFailure, judge, log_tail
-from parity.rank_process import Order, Reference, memory, write
+from parity.rank_process import Order, Reference, memory
 from parity.zygote import Broken, Dump, Ended, Gone, Kill, Ready, Setup, Started
 
 __all__ = ["PRELOAD", "RankFailure", "Zygote", "ZygoteError"]
@@ -164,7 +165,7 @@ class Zygote:
                 failure = judge(observed)
                 if failure is not None:
                     raise failure
-                return [pickle.loads((folder / f"{rank}.value").read_bytes()) for rank in range(world)]
+                return [read(folder / f"{rank}.value") for rank in range(world)]
             except (EOFError, BrokenPipeError, ConnectionResetError) as error:
                 raise ZygoteError(f"{process.obituary()}, while {reference} ran in {world} ranks") from error
             finally:

@@ -48,6 +48,7 @@ def expected_shard(
     coord: Coord,
     *,
     make_vocab_size_divisible_by: int = 1,
+    padded_query_groups: int | None = None,
     spec: Literal["local", "te"] = "local",
 ) -> dict[str, torch.Tensor]:
     """The parameters of the model chunk at `coord`, by their names in the live `GPTModel`.
@@ -58,6 +59,7 @@ def expected_shard(
         topology: The mesh.
         coord: The rank, and the model chunk (`coord.chunk`) of it.
         make_vocab_size_divisible_by: Each rank's part of the vocabulary is a multiple of this.
+        padded_query_groups: Key-value groups, those of zeros after the model's own included; `None` is the model's own.
         spec: Local layers have norms of their own; in TE's they are part of the linear that follows.
 
     Returns:
@@ -69,6 +71,8 @@ def expected_shard(
     """
     weights = _Read(hf)
     _check_names(hf, config)
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    ghosts = 0 if padded_query_groups is None else padded_query_groups - groups
     tp, rank = topology.tp, coord.tp
     shard: dict[str, torch.Tensor] = {}
 
@@ -84,7 +88,7 @@ def expected_shard(
         if (run.pp, run.chunk) != (coord.pp, coord.chunk):
             continue
         for local, layer in enumerate(range(run.start, run.stop)):
-            parameters = _layer(weights, config, f"model.layers.{layer}.", tp, rank, spec)
+            parameters = _layer(weights, config, f"model.layers.{layer}.", tp, rank, spec, ghosts)
             for name, tensor in parameters.items():
                 shard[f"decoder.layers.{local}.{name}"] = tensor
 
@@ -108,6 +112,7 @@ def _layer(
     tp: int,
     rank: int,
     spec: Literal["local", "te"],
+    ghosts: int,
 ) -> dict[str, torch.Tensor]:
     """One decoder layer's parameters on tensor-parallel rank `rank`."""
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
@@ -120,8 +125,11 @@ def _layer(
 
     # Column parallel: a rank has some rows. Row parallel: some columns.
     q, k, v = (weights[f"{attention}{name}_proj.weight"] for name in "qkv")
-    out["self_attention.linear_qkv.weight"] = _part(_merge_qkv(q, k, v, config), tp, rank, dim=0)
-    out["self_attention.linear_proj.weight"] = _part(weights[attention + "o_proj.weight"], tp, rank, dim=1)
+    out["self_attention.linear_qkv.weight"] = _part(_merge_qkv(q, k, v, config, ghosts), tp, rank, dim=0)
+    o = weights[attention + "o_proj.weight"]
+    # A ghost's query heads are read by columns of zeros, one for each channel of each head.
+    columns = o.new_zeros(o.size(0), q.size(0) // (k.size(0) // _head_dim(config)) * ghosts)
+    out["self_attention.linear_proj.weight"] = _part(torch.cat([o, columns], dim=1), tp, rank, dim=1)
 
     gate = _part(weights[mlp + "gate_proj.weight"], tp, rank, dim=0)
     up = _part(weights[mlp + "up_proj.weight"], tp, rank, dim=0)
@@ -136,7 +144,7 @@ def _layer(
         else:
             q, k, v = (torch.zeros_like(tensor[:, 0]) for tensor in (q, k, v))
             o = torch.zeros_like(weights[attention + "o_proj.weight"][:, 0])
-        out["self_attention.linear_qkv.bias"] = _part(_merge_qkv(q, k, v, config), tp, rank, dim=0)
+        out["self_attention.linear_qkv.bias"] = _part(_merge_qkv(q, k, v, config, ghosts), tp, rank, dim=0)
         out["self_attention.linear_proj.bias"] = o.clone()  # row parallel: added once, after the sum over ranks
 
         if config["mlp_bias"]:
@@ -150,17 +158,27 @@ def _layer(
     return out
 
 
-def _merge_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Rows of `linear_qkv`: for each key-value group its query heads, then its key head, then its value head."""
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _merge_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Mapping[str, Any], ghosts: int
+) -> torch.Tensor:
+    """Rows of `linear_qkv`: for each key-value group its query heads, then its key head, then its value head.
+
+    Behind them `ghosts` groups of zeros.
+    """
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
-    dim = config.get("head_dim") or config["hidden_size"] // heads
+    dim = _head_dim(config)
     per_group = heads // groups * dim
     rows = []
     for group in range(groups):
         rows.append(q[group * per_group : (group + 1) * per_group])
         rows.append(k[group * dim : (group + 1) * dim])
         rows.append(v[group * dim : (group + 1) * dim])
+    rows.append(q.new_zeros(ghosts * (per_group + 2 * dim), *q.shape[1:]))
     return torch.cat(rows)
 
 

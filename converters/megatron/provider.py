@@ -57,6 +57,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         fp16_lm_cross_entropy: Passed to Megatron-Core.
         zero_biases: With `add_bias_linear`, which biases are zeros because the HF model has none there. It does not
             change the model; it is kept so that an export knows what to leave out.
+        ghost_query_groups: Key-value groups of zeros among `num_query_groups` (see `pad_query_groups`).
         layer_spec: `"te"`, `"local"`, or `"auto"`: Transformer Engine on a GPU, local layers without one.
 
     Source: NVIDIA-NeMo/Megatron-Bridge 0.6, src/megatron/bridge/models/gpt_provider.py `GPTModelProvider` (names).
@@ -80,8 +81,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
     zero_biases: Literal["none", "mlp", "attention"] = "none"
+    ghost_query_groups: int = 0
     layer_spec: specs.LayerSpec = "auto"
-    _hooks: _Hooks = field(default_factory=_Hooks, repr=False)
+    _hooks: _Hooks = field(default_factory=_Hooks, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Nothing yet: the parallel sizes may still change. See `finalize`."""
@@ -141,6 +143,22 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
             self.params_dtype: torch.dtype = HALF[flags[0]]
         for name, dtype in HALF.items():
             setattr(self, name, self.params_dtype == dtype)
+
+    def pad_query_groups(self) -> int:
+        """Add as many key-value groups of zeros as it takes for heads to divide over tensor parallelism.
+
+        Exact: a group of zeros adds zeros to the residual stream, has no gradient, and stays zero in training. Call it
+        when the parallel sizes are set and before `finalize`.
+
+        Returns:
+            The number of groups added, now `ghost_query_groups`.
+        """
+        groups = self.num_query_groups - self.ghost_query_groups
+        per_group = self.num_attention_heads // self.num_query_groups
+        self.num_query_groups = self.topology.query_groups(groups, per_group)
+        self.num_attention_heads = self.num_query_groups * per_group
+        self.ghost_query_groups = self.num_query_groups - groups
+        return self.ghost_query_groups
 
     @property
     def topology(self) -> Topology:

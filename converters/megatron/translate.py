@@ -32,8 +32,11 @@ def fields_of(provider: GPTModelProvider) -> tuple[dict[str, Any], dict[str, Any
         ConfigError: An activation that has no name here.
     """
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_query_groups", "ffn_hidden_size")
+    # (`num_query_groups` with its ghosts, as in the provider: both sides lose them below.)
     parallel = [field.name for field in dataclasses.fields(provider) if field.name.endswith("parallel_size")]
-    plain = GPTModelProvider(**{name: getattr(provider, name) for name in (*sizes, "kv_channels", *parallel)})
+    plain = GPTModelProvider(
+        **{name: getattr(provider, name) for name in (*sizes, "kv_channels", "ghost_query_groups", *parallel)}
+    )
     plain.params_dtype, plain.bf16, plain.fp16 = provider.params_dtype, provider.bf16, provider.fp16
     plain.finalize()
     return _plain(provider), _plain(plain)
@@ -41,6 +44,10 @@ def fields_of(provider: GPTModelProvider) -> tuple[dict[str, Any], dict[str, Any
 
 def _plain(provider: GPTModelProvider) -> dict[str, Any]:
     values = {field.name: getattr(provider, field.name) for field in dataclasses.fields(provider)}
+    # The ghosts are no part of the model.
+    per_group = provider.num_attention_heads // provider.num_query_groups
+    values["num_query_groups"] -= provider.ghost_query_groups
+    values["num_attention_heads"] -= provider.ghost_query_groups * per_group
     name = next((name for name, function in ACTIVATIONS.items() if function is values["activation_func"]), None)
     if name is None:
         if provider.gated_linear_unit:

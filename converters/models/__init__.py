@@ -29,6 +29,7 @@ class Family:
         config: Mapping[str, Any],
         *,
         padded_vocab_size: int | None = None,
+        padded_query_groups: int | None = None,
         features: frozenset[str] = frozenset(),
     ) -> Plan:
         """The plan between two columns for the model that `config` (a `config.json`) describes.
@@ -38,6 +39,7 @@ class Family:
             target: A column of the table.
             config: The Hugging Face config.
             padded_vocab_size: Rows of Megatron's embedding over all ranks; by default no padding.
+            padded_query_groups: Megatron's key-value groups, with groups of zeros; by default none.
             features: Features beyond those that the config switches on (what a checkpoint stores besides).
 
         Raises:
@@ -45,7 +47,10 @@ class Family:
             LayoutError: Its sizes contradict each other.
         """
         hf, _ = self.fields.read(config)
-        quantities = self.fields.quantities(hf) | {"padded_vocab_size": padded_vocab_size or hf["vocab_size"]}
+        quantities = self.fields.quantities(hf) | {
+            "padded_vocab_size": padded_vocab_size or hf["vocab_size"],
+            "padded_query_groups": padded_query_groups or hf["num_key_value_heads"],
+        }
         known = {name: quantities[name] for name in self.table.sizes}
         on = {name for name in self.table.features if hf.get(name) is True}
         return self.table.plan(source, target, sizes=self.table.solve(known), features=features | on)

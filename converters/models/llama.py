@@ -9,6 +9,8 @@ Sources:
         tensor_parallel/layers.py (`ColumnParallelLinear` cuts rows, `RowParallelLinear` columns; the bias of a
         row-parallel layer is whole on every rank). The names are those of the Transformer Engine spec, whose linear
         layers hold the norm before them; they are also the names in a distributed checkpoint.
+        Ghost groups are zeros in every matrix that touches them. They let heads divide over more ranks than they do,
+        add exact zeros to the residual stream, and have no gradient, so training leaves them zero.
     megatron_local: the same with the local spec, whose norms are modules of their own.
 """
 
@@ -32,6 +34,7 @@ TABLE = Table(
         "hidden_size": "hidden",
         "intermediate_size": "ffn",
         "num_key_value_heads": "group",
+        "padded_query_groups": "[group ghost]",
         "num_attention_heads": "(group rep)",
         "head_dim": "dim",
         "rotary_dims": "half_dim",
@@ -86,7 +89,7 @@ TABLE = Table(
                 LAYER + "self_attn.k_proj.weight: (group k dim) hidden",
                 LAYER + "self_attn.v_proj.weight: (group v dim) hidden",
             ),
-            megatron=QKV + "weight: (group [(rep q) k v] dim)/tp hidden",
+            megatron=QKV + "weight: ([group (zero ghost)] [(rep q) k v] dim)/tp hidden",
         ),
         rule(
             "qkv bias",
@@ -96,12 +99,12 @@ TABLE = Table(
                 LAYER + "self_attn.k_proj.bias: (group k dim)",
                 LAYER + "self_attn.v_proj.bias: (group v dim)",
             ),
-            megatron=QKV + "bias: (group [(rep q) k v] dim)/tp",
+            megatron=QKV + "bias: ([group (zero ghost)] [(rep q) k v] dim)/tp",
         ),
         rule(
             "attention output",
             hf=LAYER + "self_attn.o_proj.weight: hidden (group rep dim)",
-            megatron=PROJ + "weight: hidden (group rep dim)/tp",
+            megatron=PROJ + "weight: hidden ([group (zero ghost)] rep dim)/tp",
         ),
         rule(
             "attention output bias",
@@ -129,7 +132,7 @@ TABLE = Table(
         rule(
             "no attention bias",
             when="mlp_bias !attention_bias",
-            megatron=(QKV + "bias: (zero group [(rep q) k v] dim)/tp", PROJ + "bias: (zero hidden)"),
+            megatron=(QKV + "bias: (zero [group ghost] [(rep q) k v] dim)/tp", PROJ + "bias: (zero hidden)"),
         ),
         rule(
             "no mlp bias",

@@ -129,6 +129,7 @@ FIELDS = FieldTable(
                 "seq_length",
                 "make_vocab_size_divisible_by",
                 "should_pad_vocab",
+                "ghost_query_groups",
                 "parallel_output",
                 "fp16_lm_cross_entropy",
                 "layer_spec",

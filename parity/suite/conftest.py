@@ -52,7 +52,7 @@ def asked() -> dict[str, tuple[Probe, References]]:
 @pytest.fixture
 def reference(case: Case, subject: Subject, zygote: Zygote, asked: dict[str, Any]) -> tuple[Probe, References]:
     """The probe of this case's model, and what transformers says to it in the case's precision."""
-    key = f"{case.model_id} {case.precision}"
+    key = f"{case.slug} {case.precision}"
     if key not in asked:
         found = probe(subject.config, subject.folder, prose=subject.weights != "seeded")
         (said,) = zygote.run(
@@ -76,7 +76,7 @@ def coded_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     def of(case: Case, subject: Subject) -> Path:
         from parity.seeded import write_checkpoint
 
-        key = f"{case.model_id} {case.precision}"
+        key = f"{case.slug} {case.precision}"
         if key not in made:
             folder = tmp_path_factory.mktemp("coded")
             dtype = {"fp32": "float32", "bf16": "bfloat16"}[case.precision]

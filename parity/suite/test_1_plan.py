@@ -19,7 +19,10 @@ def test_plan(case: Case, subject: Subject, record: Record) -> None:
     """Every element of every rank is written once, and every element of the checkpoint read once, in both directions."""
     family = family_of(subject.config)
     vocab = _padded(subject.config["vocab_size"], case.topology)
-    plan = family.plan("hf", "megatron", subject.config, padded_vocab_size=vocab)
+    hf, _ = family.fields.read(subject.config)
+    per_group = hf["num_attention_heads"] // hf["num_key_value_heads"]
+    groups = case.topology.query_groups(hf["num_key_value_heads"], per_group)
+    plan = family.plan("hf", "megatron", subject.config, padded_vocab_size=vocab, padded_query_groups=groups)
     for check, proof in (
         ("plan, import", plan.prove(target=case.topology)),
         ("plan, export", plan.inverse().prove(source=case.topology)),

@@ -6,6 +6,7 @@ This folder must never have an `__init__.py`: it would be imported in place of N
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import tiny_llama
@@ -14,7 +15,7 @@ from tiny_llama import Tiny
 
 from parity.ranks import Zygote
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True, "rope_parameters": tiny_llama.LINEAR},
     "biased": {"attention_bias": True, "mlp_bias": True, "rope_parameters": tiny_llama.DEFAULT},

@@ -92,7 +92,9 @@ def test_one_rank_is_equal_to_eager_attention_to_the_last_bit(
 
 
 @pytest.mark.parametrize(
-    "topology", [ONE, Topology(tp=2, cp=2, sp=True), Topology(pp=2, vpp=2), Topology(cp=2)], ids=str
+    "topology",
+    [ONE, Topology(tp=2, sp=True), Topology(tp=2, cp=2, sp=True), Topology(pp=2, vpp=2), Topology(cp=2)],
+    ids=str,
 )
 def test_any_length_and_positions_that_jump(topology: Topology, models: dict[str, Tiny], zygote: Zygote) -> None:
     """13 tokens divide over nothing, and neither do 3 rows; positions reach where the RoPE scaling differs."""
@@ -117,7 +119,7 @@ def observed_bf16(tiny: Tiny, topology: Topology) -> Observation | None:
     return megatron_logits(chunks, provider, tiny_llama.probe(tiny)[0])
 
 
-@pytest.mark.parametrize("topology", [ONE, Topology(tp=2, cp=2), Topology(pp=2)], ids=str)
+@pytest.mark.parametrize("topology", [ONE, Topology(tp=2, sp=True), Topology(tp=2, cp=2), Topology(pp=2)], ids=str)
 def test_bf16_is_as_near_to_float32_as_transformers_in_bf16(
     topology: Topology,
     models: dict[str, Tiny],

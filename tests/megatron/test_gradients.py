@@ -20,6 +20,7 @@ CASES = [
     ("untied", Topology(cp=2)),
     ("tied", Topology(tp=2, cp=2, sp=True)),
     ("tied", Topology(tp=2, pp=2)),
+    ("tied", Topology(pp=4)),
 ]
 
 

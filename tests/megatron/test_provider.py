@@ -149,7 +149,8 @@ def frequencies(config: dict[str, Any]) -> torch.Tensor:
     provider = tiny_llama.provider(config, Topology())
     (model,) = provider.provide_distributed_model()
     assert model.rotary_pos_emb.seq_len_interpolation_factor is None
-    return model.rotary_pos_emb.inv_freq
+    found: torch.Tensor = model.rotary_pos_emb.inv_freq
+    return found
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,8 @@ def frequencies(config: dict[str, Any]) -> torch.Tensor:
     ids=["default", "linear", "llama3", "llama3-short", "llama3.2"],
 )
 def test_rotary_frequencies_are_transformers(changes: dict[str, Any], tmp_path: Path, zygote: Zygote) -> None:
-    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = {**CONFIG, "rope_parameters": changes}
     expected = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq

@@ -36,10 +36,10 @@ def redirected() -> None:
     assert torch.empty(1, device="meta").is_meta
     tensor = torch.ones(2)
     assert tensor.cuda() is tensor
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda.Event().record(stream)
+        torch.cuda.Event().record(stream)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     torch.cuda.manual_seed(5)
     drawn = torch.rand(3)

@@ -21,7 +21,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 24,
 }
 DEFAULT = {"rope_type": "default", "rope_theta": 3000.0}
-LINEAR = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 3.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 2.7}
 
 # Heads, groups, heads a group, head_dim, and the rows and columns of all linears differ; two groups, so that tp=4 is
 # more. Inner dims are multiples of 16: only then does a CPU add up a dot product in one order whatever the other
@@ -63,7 +63,7 @@ def write(folder: Path, **changes: Any) -> Tiny:
 
     config = LlamaConfig(**{**SIZES, **changes}, architectures=["LlamaForCausalLM"])
     generator = torch.Generator().manual_seed(7)
-    heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, groups, dim = (config.to_dict()[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
 
     def normal(*shape: int, scale: float) -> torch.Tensor:
@@ -209,7 +209,7 @@ def backward(tiny: Tiny, topology: Topology) -> float:
     made.finalize_model_grads_func = finalize_model_grads
     tokens, labels = probe(tiny, batch=4)
     cp, here = topology.cp, current_coord()
-    microbatches = 2 if topology.pp > 1 else 1
+    microbatches = 4 if topology.pp > 1 else 1  # enough for stages to send both ways at once
     vocab = torch.arange(made.padded_vocab_size).chunk(topology.tp)[here.tp]
 
     def step(data: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
@@ -251,8 +251,8 @@ def hf_gradients(tiny: Tiny) -> dict[str, torch.Tensor]:
     model = LlamaForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32, attn_implementation="eager")
     tokens, labels = probe(tiny, batch=4)
     logits = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()  # type: ignore[no-untyped-call]
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def difference(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -52,8 +52,12 @@ def test_matrix_is_the_product_in_order() -> None:
 
 
 def test_slugs_are_short_and_distinct() -> None:
-    assert list(slugs(["meta-llama/Llama-3.2-1B", "/data/My Model_v2/"]).values()) == ["llama-3.2-1b", "my-model-v2"]
-    assert list(slugs(["a/Llama", "b/llama", "c"]).values()) == ["a-llama", "b-llama", "c"]
+    def of(*models: str, **command_line: str) -> list[str]:
+        return list(slugs(resolve({"model": ",".join(models), **command_line})).values())
+
+    assert of("meta-llama/Llama-3.2-1B", "/data/My Model_v2/") == ["llama-3.2-1b", "my-model-v2"]
+    assert of("/runs/step100/hf", "/runs/step200/hf", "c") == ["runs-step100-hf", "runs-step200-hf", "c"]
+    assert of("a/Llama", "b/llama", size="tiny") == ["a-llama-tiny", "b-llama-tiny"]
 
 
 @pytest.mark.parametrize(

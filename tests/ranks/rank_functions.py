@@ -73,14 +73,22 @@ def large() -> dict[str, Any]:
     }
 
 
-def pickled_names() -> list[str]:
-    """The strings, such as the names of modules, in a pickled tensor as ranks write it."""
+def pickled(path: str) -> list[str]:
+    """Write tensors of unusual kinds and read them again; the strings in the pickle of a plain one."""
     import torch
 
-    from parity.rank_process import write
+    from parity.pickled import read, write
 
-    write(Path("pickle"), torch.ones(2))
-    found = [argument for _, argument, _ in pickletools.genops(Path("pickle").read_bytes())]
+    noted: Any = torch.ones(1)
+    noted.note = "kept"
+    write(Path(path), [noted, torch.tensor([1 + 2j]).conj(), torch.eye(2).to_sparse(), torch.empty(3, device="meta")])
+    noted, conjugate, sparse, meta = read(Path(path))
+    assert noted.note == "kept"
+    assert conjugate.tolist() == [1 - 2j]
+    assert sparse.to_dense().tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert (meta.device.type, meta.shape) == ("meta", (3,))
+    write(Path(path), torch.ones(2))
+    found = [argument for _, argument, _ in pickletools.genops(Path(path).read_bytes())]
     return [argument for argument in found if isinstance(argument, str)]
 
 
