@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["parity.plugin", "pytester"]
+from pathlib import Path
+
+# `pytest --model NAME` in another folder finds this file above the suite of an editable installation, where pytest
+# refuses the names of plugins.
+if Path(__file__).parent in (Path.cwd(), *Path.cwd().parents):
+    pytest_plugins = ["parity.plugin", "pytester"]

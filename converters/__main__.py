@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         mesh.add_argument("--last-stage-layers", type=int, help="layers on the last stage")
         mesh.add_argument("--account-for-embedding", action="store_true", help="count the embedding as a layer")
         mesh.add_argument("--account-for-loss", action="store_true", help="count the output layer as a layer")
-        mesh.add_argument("--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="of each rank's part")
+        mesh.add_argument(
+            "--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="of each rank's part"
+        )
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="print the proof as JSON")
         else:
@@ -133,9 +135,7 @@ def _placement(options: argparse.Namespace, topology: Topology, layers: int) -> 
     return text
 
 
-def _print(
-    model: str, hf: dict[str, Any], topology: Topology, placement: str, proof: Proof, itemsize: int
-) -> None:
+def _print(model: str, hf: dict[str, Any], topology: Topology, placement: str, proof: Proof, itemsize: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -179,7 +179,7 @@ def _explain(options: argparse.Namespace) -> int:
         raise ConversionError(f"expected KEY or KEY[i, j], found {options.key!r}")
     if options.rank is not None:
         mesh = Mesh(topology, replace(topology.coord(options.rank), chunk=options.chunk))
-        plan = plan.restrict(**{side: mesh for side in _sides(options, topology)})
+        plan = plan.restrict(**dict.fromkeys(_sides(options, topology), mesh))
     key = match["key"]
     if key not in plan.target_tensors and key in plan.source_tensors:
         plan = plan.inverse()

@@ -69,7 +69,7 @@ def _cut_text(cut: str | None) -> str:
 
 
 def parse(text: str) -> tuple[Expr, ...]:
-    """The dims that `text` describes; `" ".join(map(str, parse(text)))` is its canonical spelling.
+    """Read the dims that `text` describes. Joined by spaces, they print as its canonical spelling.
 
     Raises:
         LayoutError: A bracket that does not match, an empty product or sum, an unknown mesh dim, an axis that one

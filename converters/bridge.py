@@ -333,7 +333,9 @@ def _by_target(plan: Plan) -> dict[str, list[Any]]:
     return {key: copies for key, copies, _ in plan.by_target()}
 
 
-def _tied_faults(copies: list[tuple[Plan, ModuleStore, dict[str, list[Any]]]], key: str, first: torch.Tensor) -> list[str]:
+def _tied_faults(
+    copies: list[tuple[Plan, ModuleStore, dict[str, list[Any]]]], key: str, first: torch.Tensor
+) -> list[str]:
     found = [
         execute.tied_fault(copy, store.tensor(copy.source.key), first)
         for _, store, by_target in copies
@@ -412,4 +414,3 @@ def _on_first_rank(step: Any) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-

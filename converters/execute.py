@@ -158,8 +158,8 @@ def run(plan: Plan, source: Store, target: Store, *, cast: bool = False, where: 
         where: What the source is called in messages.
 
     Raises:
-        CheckpointError: Tensors that do not fit the plan, a dtype change not asked for, a constant or a tie that does not
-            hold. Names, shapes and dtypes are checked before anything is written.
+        CheckpointError: Tensors that do not fit the plan, a dtype change not asked for, a constant or a tie that does
+            not hold. Names, shapes and dtypes are checked before anything is written.
     """
     held, made = source.tensors(), target.tensors()
     check_tensors(plan.source_tensors, held, where)

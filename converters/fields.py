@@ -176,7 +176,9 @@ class Switch:
 
     def names(self) -> set[str]:
         cases = self.cases.values()
-        return {n for case in cases for n in case.when} | {n for case in cases for row in case.rows for n in row.names()}
+        return {n for case in cases for n in case.when} | {
+            n for case in cases for row in case.rows for n in row.names()
+        }
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,7 @@ class FieldTable:
             if entry.kind != "dropped":
                 sides["hf"] |= entry.hf
                 sides["megatron"] |= entry.megatron
-        return Ledger(entries=tuple(entries), **{**sides, **given})  # type: ignore[arg-type]
+        return Ledger(entries=tuple(entries), **{**sides, **given})
 
 
 def _matches(value: Any, wanted: Any) -> bool:

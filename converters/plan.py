@@ -373,7 +373,7 @@ def _merged(
         dims.append((read, written, extent, axis))
     dims.reverse()
     columns = list(zip(*dims, strict=True)) or [(), (), (), ()]
-    return columns[0], columns[1], columns[2], columns[3]  # type: ignore[return-value]
+    return columns[0], columns[1], columns[2], columns[3]
 
 
 def _key(layout: Layout, cell: Cell, at: Mapping[str, int]) -> str:

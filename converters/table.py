@@ -170,13 +170,17 @@ class Table:
                 del pending[name]
                 progress = True
             if not progress:
-                raise LayoutError(f"the sizes {', '.join(sorted(pending))} do not determine the axes of {self.family!r}")
+                raise LayoutError(
+                    f"the sizes {', '.join(sorted(pending))} do not determine the axes of {self.family!r}"
+                )
         return sizes
 
     def active(self, features: frozenset[str]) -> tuple[Rule, ...]:
         """The rules that apply to a model with `features`."""
         return tuple(
-            row for row in self.rules if all((name.removeprefix("!") in features) != (name[0] == "!") for name in row.when)
+            row
+            for row in self.rules
+            if all((name.removeprefix("!") in features) != (name[0] == "!") for name in row.when)
         )
 
     def plan(self, source: str, target: str, *, sizes: Mapping[str, int], features: frozenset[str]) -> Plan:

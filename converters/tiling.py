@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 
@@ -126,7 +127,7 @@ def _within(boxes: list[Strided], low: int, high: int) -> list[Fault]:
         return _shifted(_faults(rest + [slab for box in taken_apart for slab in box.slabs()], low, high), 1)
     out: list[Fault] = []
     ordered = sorted(edges)
-    for begin, end in zip(ordered, ordered[1:], strict=False):
+    for begin, end in pairwise(ordered):
         left, right = low + begin * period, min(low + (begin + 1) * period, high)
         active = [part for box in boxes for part in _in_period(box, period, left, right)]
         out += _shifted(_faults(active, left, right), end - begin)

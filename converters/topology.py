@@ -159,7 +159,7 @@ class Topology:
             TopologyError: The layers do not divide as Megatron-Core requires; the message names placements that do.
 
         Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/transformer_block.py
-            `get_num_layers_to_build` and transformer_layer.py `get_transformer_layer_offset` (the same in core_v0.19.2).
+            `get_num_layers_to_build` and transformer_layer.py `get_transformer_layer_offset` (both alike in 0.19.2).
         """
         sizes = self._stage_sizes(layers)
         per_chunk = [size // self.vpp for size in sizes]

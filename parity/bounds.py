@@ -55,7 +55,8 @@ def rms(actual: Floats, expected: Floats) -> Distance:
 def _difference(actual: Floats, expected: Floats) -> Floats:
     if actual.shape != expected.shape:
         raise ValueError(f"expected shape {expected.shape}, found {actual.shape}")
-    return np.abs(actual - expected)
+    difference: Floats = np.abs(actual - expected)
+    return difference
 
 
 def floor(evaluations: list[Floats]) -> float:
@@ -66,7 +67,7 @@ def floor(evaluations: list[Floats]) -> float:
 def allowed(floor_value: float, scale: float) -> float:
     """The bound in float32: `FLOORS` floors, of at least one rounding step of a number of size `scale`.
 
-    A floor of zero would mean that the evaluations happened to agree to the bit (a tiny model), not that nothing rounds.
+    A floor of zero would mean that the evaluations happened to agree to the bit, not that nothing rounds.
     """
     return FLOORS * max(floor_value, scale * 2.0**-24)
 

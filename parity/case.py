@@ -79,7 +79,11 @@ class Case:
             each = "counts as a layer" if len(counted) == 1 else "count as a layer each"
             chosen.append(f"layers do not divide evenly, so {' and '.join(counted)} {each}")
         if self.ghost_groups:
-            added = "a key-value group of zeros is" if self.ghost_groups == 1 else f"{self.ghost_groups} key-value groups of zeros are"
+            added = (
+                "a key-value group of zeros is"
+                if self.ghost_groups == 1
+                else f"{self.ghost_groups} key-value groups of zeros are"
+            )
             chosen.append(f"heads do not divide over tp, so {added} added (exact)")
         return "; ".join(chosen)
 
@@ -171,7 +175,9 @@ def refusals(config: Mapping[str, Any], topology: Topology) -> list[str]:
     for groups in _distinct(_groups(config, heads)):
         held = topology.query_groups(groups, heads // groups)
         rows = held * (heads // groups + 2) * head_dim
-        if rows % tp:
+        if held != groups and _blocks(config):
+            reasons.append(f"{heads} heads in {groups} key-value groups do not divide over tp={tp}")
+        elif rows % tp:
             reasons.append(f"the {rows} rows of the fused query-key-value matrix do not divide over tp={tp}")
     for width in _distinct(_widths(config, hidden)):
         if width % tp:

@@ -54,7 +54,9 @@ def references(folder: Path, probe: Probe, precision: str) -> References:
     return References(eager=eager, others=(fused, single), oracle=oracle)
 
 
-def megatron(folder: Path, topology: Topology, precision: str, *, load: bool = True) -> tuple[AutoBridge, Any, list[Any]]:
+def megatron(
+    folder: Path, topology: Topology, precision: str, *, load: bool = True
+) -> tuple[AutoBridge, Any, list[Any]]:
     """The real model on this rank: bridge, provider, model chunks."""
     from converters.megatron import runtime
 

@@ -131,7 +131,7 @@ def hf_logits(
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     if oracle:
         model.float()
     with torch.no_grad():

@@ -13,14 +13,16 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 PROSE = (
-    "A checkpoint is a promise: that the model which was trained is the model which will be served. Every hand-over "
-    "rewrites each tensor, and a mistake in the rewriting is silent, because a model with its keys and values exchanged "
-    "in one layer of thirty still answers in whole sentences. It is only a little worse, and nobody can say why. In 1998 "
-    "there were 3,141 ways to store a matrix; by 2026 there were 59,265 more, and each of them had its own idea of rows.",
-    "The harbour master wrote the tide into the book at 04:37, closed it, and walked down to the quay. Two boats had come "
-    "in during the night, one with cod and one with nothing. 'You might have turned back,' he said to the second. 'We "
-    "might,' said the skipper, 'but then we should never have known that there was nothing there.' He thought about that "
-    "for some time, and in the end he went back to his office and wrote it down beneath the tide, in pencil.",
+    "A checkpoint is a promise: that the model which was trained is the model which will be served. Every "
+    "hand-over rewrites each tensor, and a mistake in the rewriting is silent, because a model with its keys "
+    "and values exchanged in one layer of thirty still answers in whole sentences. It is only a little worse, "
+    "and nobody can say why. In 1998 there were 3,141 ways to store a matrix; by 2026 there were 59,265 more, "
+    "and each of them had its own idea of rows.",
+    "The harbour master wrote the tide into the book at 04:37, closed it, and walked down to the quay. Two "
+    "boats had come in during the night, one with cod and one with nothing. 'You might have turned back,' he "
+    "said to the second. 'We might,' said the skipper, 'but then we should never have known that there was "
+    "nothing there.' He thought about that for some time, and in the end he went back to his office and wrote "
+    "it down beneath the tide, in pencil.",
 )
 """Two texts of about a hundred tokens each, written for this probe."""
 

@@ -51,7 +51,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         rope_original_max_position_embeddings: Its context length before scaling, in tokens.
         seq_len_interpolation_factor: Positions are divided by this (linear RoPE scaling).
         seq_length: The longest sequence, in tokens.
-        max_position_embeddings: The longest sequence that the HF model states; training at another `seq_length` keeps it.
+        max_position_embeddings: The longest sequence that the HF model states, whatever `seq_length` is.
         vocab_size: Vocabulary without padding.
         parallel_output: Leave each rank its part of the logits. Training needs it.
         fp16_lm_cross_entropy: Passed to Megatron-Core.
@@ -155,8 +155,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         """
         groups = self.num_query_groups - self.ghost_query_groups
         per_group = self.num_attention_heads // self.num_query_groups
-        self.num_query_groups = self.topology.query_groups(groups, per_group)
-        self.num_attention_heads = self.num_query_groups * per_group
+        self.num_query_groups: int = self.topology.query_groups(groups, per_group)
+        self.num_attention_heads: int = self.num_query_groups * per_group
         self.ghost_query_groups = self.num_query_groups - groups
         return self.ghost_query_groups
 

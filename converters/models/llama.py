@@ -2,7 +2,7 @@
 
 Sources:
     hf: huggingface/transformers v5.23.0, models/llama/modeling_llama.py (`LlamaAttention`, `LlamaMLP`): every weight is
-        `(out, in)`; query heads are ordered group by group, `repeat_kv` giving each key head `rep` query heads in a row.
+        `(out, in)`; query heads are ordered group by group, `repeat_kv` giving each key head `rep` of them in a row.
     megatron: NVIDIA/Megatron-LM core_v0.16.1 and core_v0.19.2, megatron/core/transformer/attention.py
         (`get_query_key_value_tensors`: for each group its query heads, its key, its value), transformer/mlp.py (`glu`
         chunks the rows of linear_fc1 in two: gate, then up), models/gpt/gpt_model.py (`output_layer` under tying),

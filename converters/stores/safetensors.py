@@ -124,7 +124,7 @@ class FileLayout:
     tensors: Mapping[str, TensorInfo]
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of tensor data."""
         return sum(_bytes(info) for info in self.tensors.values())
 
@@ -176,7 +176,7 @@ def index_of(files: Iterable[FileLayout]) -> str:
     """The text of the index over `files`."""
     listed = list(files)
     where = {key: file.name for file in listed for key in file.tensors}
-    total = {"total_size": sum(file.bytes for file in listed)}
+    total = {"total_size": sum(file.size for file in listed)}
     return json.dumps({"metadata": total, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
 
 
@@ -187,7 +187,7 @@ def create(folder: Path, files: Iterable[FileLayout]) -> None:
         header = file.header()
         with (folder / file.name).open("xb") as out:
             out.write(header)
-            out.truncate(len(header) + file.bytes)
+            out.truncate(len(header) + file.size)
     if len(listed) > 1 or listed[0].name != SINGLE:
         (folder / INDEX).write_text(index_of(listed))
 
@@ -207,7 +207,7 @@ class MappedFiles:
             path = folder / file.name
             at = len(file.header())
             storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=path.stat().st_size)
-            mapped = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            mapped = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]  # an UntypedStorage
             for key, info in file.tensors.items():
                 end = at + _bytes(info)
                 self._views[key] = mapped[at:end]
@@ -222,5 +222,3 @@ class MappedFiles:
         """A writable view of the mapped file."""
         info = self._infos[key]
         return self._views[key].view(info.dtype).view(info.shape)
-
-

@@ -55,7 +55,7 @@ def reference(case: Case, subject: Subject, zygote: Zygote, asked: dict[str, Any
     key = f"{case.slug} {case.precision}"
     if key not in asked:
         found = probe(subject.config, subject.folder, prose=subject.weights != "seeded")
-        (said,) = zygote.run(
+        said: list[References] = zygote.run(
             "parity.measure:references",
             subject.folder,
             found,
@@ -64,7 +64,7 @@ def reference(case: Case, subject: Subject, zygote: Zygote, asked: dict[str, Any
             timeout=case.rank_timeout,
             env={} if device_of(case) == "cuda" else {"CUDA_VISIBLE_DEVICES": ""},
         )
-        asked[key] = (found, said)
+        asked[key] = (found, said[0])
     return asked[key]  # type: ignore[no-any-return]
 
 

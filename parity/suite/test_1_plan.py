@@ -16,7 +16,7 @@ def _padded(vocab: int, topology: Topology) -> int:
 
 
 def test_plan(case: Case, subject: Subject, record: Record) -> None:
-    """Every element of every rank is written once, and every element of the checkpoint read once, in both directions."""
+    """Every element of every rank is written once, every element of the checkpoint read once; and back."""
     family = family_of(subject.config)
     vocab = _padded(subject.config["vocab_size"], case.topology)
     hf, _ = family.fields.read(subject.config)

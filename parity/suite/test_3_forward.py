@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_logits_and_loss(
     probe, said = reference
     found = in_ranks("forward", subject.folder, case.topology, case.precision, probe)
     (actual,) = [one for one in found if one is not None]
-    for check, of in (("logits", lambda o: o.logits), ("loss", lambda o: o.loss)):
+    for check, of in (("logits", attrgetter("logits")), ("loss", attrgetter("loss"))):
         exact = of(said.eager)
         if case.precision == "fp32":
             spread = floor([exact, *(of(other) for other in said.others)])

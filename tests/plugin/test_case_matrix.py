@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -63,12 +62,11 @@ def test_slugs_are_short_and_distinct() -> None:
 @pytest.mark.parametrize(
     ("command_line", "name", "reason"),
     [
-        ({"tp": "3"}, "tp3-pp1", "8 attention heads do not divide over tp=3"),
-        ({"tp": "3"}, "tp3-pp1", "2 key-value groups are neither a multiple nor a divisor of tp=3"),
+        ({"tp": "5"}, "tp5-pp1", "a feed-forward width of 144 does not divide over tp=5"),
         ({"pp": "4", "layers": "5"}, "pp4", "5 layers do not fit pp=4"),
         ({"sp": "on"}, "tp1-pp1-sp", "sequence parallelism needs tp of at least 2"),
         ({"vpp": "2", "cp": "2"}, "tp1-pp1-vpp2-cp2", "vpp=2 needs pp of at least 2"),
-        ({"tp": "64"}, "tp64", "a feed-forward width of 144 does not divide over tp=64"),
+        ({"tp": "5", "pp": "4", "layers": "5"}, "tp5-pp4", "144 does not divide over tp=5"),
     ],
 )
 def test_impossible_is_left_out_with_its_reason(command_line: dict[str, str], name: str, reason: str) -> None:
@@ -119,36 +117,48 @@ def test_layers_that_differ_are_looked_at_one_by_one() -> None:
         {"attention": {"n_heads_in_group": None, "replace_with_linear": True}, "ffn": {"ffn_mult": None}},
         {"attention": {**attention, "n_heads_in_group": 8}, "ffn": {"ffn_mult": 0.1}},
     ]
-    config = {"num_attention_heads": 8, "hidden_size": 90, "head_dim": 16, "block_configs": blocks}
+    config = {"num_attention_heads": 24, "hidden_size": 98, "head_dim": 16, "block_configs": blocks}
     assert not refusals(config, Topology(tp=2))
-    assert refusals(config, Topology(tp=4)) == ["the 90 rows of a linear replacement do not divide over tp=4"]
-    reasons = refusals({**config, "num_attention_heads": 24, "hidden_size": 96}, Topology(tp=4))
-    assert (
-        reasons
-        == [
-            "6 key-value groups are neither a multiple nor a divisor of tp=4",
-            "3 key-value groups are neither a multiple nor a divisor of tp=4",
-        ][::-1]
-    )
+    assert refusals(config, Topology(tp=4)) == [
+        "24 heads in 3 key-value groups do not divide over tp=4",
+        "24 heads in 6 key-value groups do not divide over tp=4",
+        "the 98 rows of a linear replacement do not divide over tp=4",
+    ]
+    assert "a feed-forward width of 256 does not divide over tp=3" in refusals(config, Topology(tp=3))
 
 
-def test_megatron_refuses_the_same() -> None:
-    """Heads and groups over tp, against the real `TransformerConfig`: neither stricter nor laxer."""
+def test_part_of_a_group_a_rank_needs_rows_that_divide() -> None:
+    narrow = {**LLAMA, "head_dim": 1}
+    assert not refusals(narrow, Topology(tp=2))
+    reason = "the 12 rows of the fused query-key-value matrix do not divide over tp=8"
+    assert refusals(narrow, Topology(tp=8)) == [reason]
+
+
+def test_heads_divide_after_groups_of_zeros() -> None:
+    [case], left_out = matrix(resolve({"model": "m", "tp": "3"}), lambda *_, **__: LLAMA)
+    assert (case.ghost_groups, left_out) == (1, [])
+    assert case.note == "heads do not divide over tp, so a key-value group of zeros is added (exact)"
+
+
+def test_megatron_asks_for_the_same_groups() -> None:
+    """Against the real `TransformerConfig`: it takes the number of groups that the case has, and refuses fewer."""
     transformer_config = pytest.importorskip("megatron.core.transformer.transformer_config", reason="Megatron-Core")
-    for heads, groups, tp in itertools.product((6, 8, 12), (1, 2, 3, 4, 6), (1, 2, 3, 4, 6, 8)):
-        if heads % groups:
-            continue
-        sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 24, "hidden_size": 96}
-        ours = refusals({**sizes, "intermediate_size": 24 * 8}, Topology(tp=tp))
-        refused = (
-            contextlib.nullcontext() if not ours else pytest.raises(ValueError, match="tensor_model_parallel_size")
+
+    def build(per_group: int, groups: int, tp: int) -> None:
+        transformer_config.TransformerConfig(
+            num_layers=2,
+            hidden_size=96,
+            num_attention_heads=per_group * groups,
+            num_query_groups=groups,
+            kv_channels=24,
+            tensor_model_parallel_size=tp,
         )
-        with refused:
-            transformer_config.TransformerConfig(
-                num_layers=2,
-                hidden_size=96,
-                num_attention_heads=heads,
-                num_query_groups=groups,
-                kv_channels=24,
-                tensor_model_parallel_size=tp,
-            )
+
+    for per_group, groups, tp in itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6), (1, 2, 3, 4, 6, 8)):
+        heads = {"num_attention_heads": per_group * groups, "num_key_value_heads": groups}
+        config = {**LLAMA, **heads, "head_dim": 24, "intermediate_size": 24}
+        [case], _ = matrix(resolve({"model": "m", "tp": str(tp)}), lambda *_, config=config, **__: config)
+        build(per_group, groups + case.ghost_groups, tp)
+        for fewer in range(groups, groups + case.ghost_groups):
+            with pytest.raises(ValueError, match="tensor_model_parallel_size"):
+                build(per_group, fewer, tp)

@@ -156,14 +156,15 @@ def test_failures_are_in_the_table_and_first_repeated(
 
 
 def test_left_out_combinations_are_in_the_header(run: Run, model: Path) -> None:
-    result = run(f"--model={model}", "--tp=2,3", "--pp=1,4", "--sp=off,on")
+    result = run(f"--model={model}", "--tp=2,5", "--pp=1,4", "--sp=off,on")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
         [
             "parity: 4 of 8 combinations are cases",
             "parity: 4 left out",
-            "  8 attention heads do not divide over tp=3; *",
-            "    llama-small-tp3-pp1-fp32-megatron",
+            "  a feed-forward width of 144 does not divide over tp=5:",
+            "    llama-small-tp5-pp1-fp32-megatron",
+            "    llama-small-tp5-pp1-sp-fp32-megatron",
             "  layers do not divide evenly, so the embedding and the loss count as a layer each:",
             "    llama-small-tp2-pp4-count-embedding-count-loss-fp32-megatron",
             "*; 4 combinations left out",
@@ -172,14 +173,14 @@ def test_left_out_combinations_are_in_the_header(run: Run, model: Path) -> None:
 
 
 def test_no_possible_case_fails_with_the_reasons(run: Run, model: Path) -> None:
-    result = run(f"--model={model}", "--tp=3,5")
+    result = run(f"--model={model}", "--tp=5,7")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
         [
             "ERROR: none of the 2 combinations asked for is possible",
-            "  8 attention heads do not divide over tp=3; *",
-            "    llama-small-tp3-pp1-fp32-megatron",
-            "  8 attention heads do not divide over tp=5; *",
+            "  a feed-forward width of 144 does not divide over tp=5:",
+            "    llama-small-tp5-pp1-fp32-megatron",
+            "  a feed-forward width of 144 does not divide over tp=7:",
         ]
     )
 
@@ -272,6 +273,17 @@ def test_subject_and_zygote_are_made_once_a_session(run: Run, model: Path, check
     checks.write_text(ALIVE)
     result = run(f"--model={model}", "--tp=1,2", "--weights=seeded", "--layers=2")
     result.assert_outcomes(passed=5)
+
+
+def test_the_shipped_suite_is_collected_from_an_empty_folder(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real suite, whose folder lies under the project's own conftest file where the installation is editable."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = (sys.executable, "-m", "pytest", "-p", "parity.plugin", "--model", "Llama-3.2-1B", "--tp", "2")
+    result = pytester.run(*command, "--size", "tiny", "--collect-only", "-q")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["test_*.py::test_*[[]llama-3.2-1b-tiny-tp2-pp1-fp32-megatron[]]"])
 
 
 THEIRS = """
