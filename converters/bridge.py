@@ -198,7 +198,8 @@ class AutoBridge:
                     if copy.kind != "verify" and not copy.source_replica:
                         execute.apply(copy, store.tensor(copy.source.key), tensor)
             if _distributed():
-                dist.all_reduce(execute.bits(tensor))  # disjoint parts over zeros: a sum of integers keeps every bit
+                # Disjoint parts over zeros: their sum as integers keeps every bit. Bytes, since gloo adds no int16.
+                dist.all_reduce(tensor.view(-1).view(torch.uint8))
             if key in tied:
                 _agree(_tied_faults(copies, key, tensor))
             yield key, tensor

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped] # pytest-xdist has no py.typed
+from xdist.scheduler import LoadScopeScheduling
 
 
-class ByTopology(LoadScopeScheduling):  # type: ignore[misc] # untyped, as above
+class ByTopology(LoadScopeScheduling):  # type: ignore[misc] # pytest-xdist is untyped
     """All tests of all cases of one topology go to one worker; tests without a case go one by one.
 
     Not `--dist loadgroup`: pytest-xdist 3.8 writes the group into the test id in a way that pytest 9.2 does not read,

@@ -70,7 +70,7 @@ def odd_config() -> Config:
         "hidden_act": "silu",
         "hidden_size": 210,
         "initializer_range": 0.019,
-        "intermediate_size": 434,
+        "intermediate_size": 435,
         "max_position_embeddings": 2111,
         "mlp_bias": True,
         "num_attention_heads": 15,

@@ -56,9 +56,13 @@ def exactly(case: Case, config: Mapping[str, Any]) -> bool:
     """Whether Megatron's own layers run the very operations of transformers' eager attention, in the same order.
 
     The two scale attention scores at different places, which rounds alike only where the scale, one over the root of
-    head_dim, is a power of two.
+    head_dim, is a power of two. And the two hold tokens in another order, which a matrix product sees where its sizes
+    leave a remainder for a kernel of 16 lanes.
     """
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if any(size % 16 for size in (config["hidden_size"], config["intermediate_size"], heads * head_dim)):
+        return False
     one = case.topology.tp == case.topology.cp == case.topology.vpp == 1
     return one and case.precision == "fp32" and device_of(case) == "cpu" and math.log2(head_dim) % 2 == 0
 

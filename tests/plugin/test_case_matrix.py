@@ -118,7 +118,7 @@ def test_layers_that_differ_are_looked_at_one_by_one() -> None:
         {"attention": {**attention, "n_heads_in_group": 8}, "ffn": {"ffn_mult": 0.1}},
     ]
     config = {"num_attention_heads": 24, "hidden_size": 98, "head_dim": 16, "block_configs": blocks}
-    assert not refusals(config, Topology(tp=2))
+    assert not refusals(config, Topology())
     assert refusals(config, Topology(tp=4)) == [
         "24 heads in 3 key-value groups do not divide over tp=4",
         "24 heads in 6 key-value groups do not divide over tp=4",

@@ -162,6 +162,7 @@ def echo_before_cause() -> None:
     if dist.get_rank() == 1:
         dist.destroy_process_group()
         until_gone(pids[0])
+        time.sleep(0.2)  # so that the run has seen rank 0 fail, and still does not make up its mind
         raise ValueError("the cause")
     dist.all_reduce(torch.zeros(1))
 

@@ -1,0 +1,147 @@
+"""Faults planted in a copy of the product, and the shipped suite run on that copy as a user would run it.
+
+A fault is a replacement in the text of a source file, so every process of the run has it, the ranks included: they are
+forked from a process that imports the copy as well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+import parity
+
+ROOT = Path(parity.__file__).parents[1]
+PACKAGES = ("converters", "parity")
+CHECKS = frozenset({"plan", "config", "import", "export", "round_trip", "logits_and_loss"})
+MODEL = ("--model", "meta-llama/Llama-3.2-1B", "--weights", "seeded", "--size", "tiny")
+LLAMA, FIELDS = "converters/models/llama.py", "converters/models/llama_fields.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """`old` becomes `new` in `file`, where it stands `times` times."""
+
+    file: str
+    old: str
+    new: str
+    times: int = 1
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        text = path.read_text()
+        assert text.count(self.old) == self.times, f"{self.file} holds {text.count(self.old)} times {self.old!r}"
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A fault and what the suite must make of it.
+
+    Args:
+        name: Its id.
+        edits: What plants it; one after the other, so that an exchange goes by way of a third text.
+        red: The checks that fail; every other one passes.
+        words: What the failing output says, each of them.
+        layout: The parallel layout of the run.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    red: frozenset[str]
+    words: tuple[str, ...]
+    layout: tuple[str, ...] = ("--tp", "2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run of pytest said: its exit status, `passed` or the failing text of each test, and all that it printed."""
+
+    status: int
+    tests: Mapping[str, str] = field(default_factory=dict)
+    output: str
+
+    @property
+    def red(self) -> frozenset[str]:
+        """The checks that failed, whatever the case."""
+        return frozenset(_check(name) for name, said in self.tests.items() if said != "passed")
+
+    @property
+    def failures(self) -> str:
+        """Everything that failing tests said."""
+        return "\n".join(said for said in self.tests.values() if said != "passed")
+
+
+def _check(name: str) -> str:
+    return name.partition("[")[0].removeprefix("test_")
+
+
+def run(edits: tuple[Edit, ...], layout: tuple[str, ...], folder: Path, cache: Path) -> Outcome:
+    """Run the shipped suite on a copy of the product with `edits` in it, in a process of its own."""
+    copy, empty, report = folder / "product", folder / "empty", folder / "report.xml"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, copy / package)
+    for edit in edits:
+        edit.apply(copy)
+    empty.mkdir()
+    plugins = ("-p", "parity.plugin", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    environ |= {"PYTHONPATH": str(copy), "PARITY_CACHE": str(cache), "HF_HOME": str(cache / "hub"), "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *plugins, *MODEL, *layout, "-q", f"--junitxml={report}"],
+        cwd=empty,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = done.stdout + done.stderr
+    tests: dict[str, str] = {}
+    for test in ElementTree.parse(report).iter("testcase"):  # noqa: S314  # our own report
+        problems = [part for part in test if part.tag in ("failure", "error", "skipped")]
+        tests[test.attrib["name"]] = "\n".join(f"{p.get('message')}\n{p.text}" for p in problems) or "passed"
+    shutil.rmtree(folder)
+    return Outcome(status=done.returncode, tests=tests, output=output)
+
+
+def exchange(file: str, one: str, other: str) -> tuple[Edit, ...]:
+    """`one` where `other` stood, and the reverse."""
+    return (
+        Edit(file=file, old=one, new="<one>"),
+        Edit(file=file, old=other, new=one),
+        Edit(file=file, old="<one>", new=other),
+    )
+
+
+# Import, export and logits see it; a round trip does not: there and back, the same fault undoes itself.
+CANCELS = frozenset({"import", "export", "logits_and_loss"})
+REFUSED = frozenset({"import", "export", "round_trip", "logits_and_loss"})
+LOGITS = frozenset({"logits_and_loss"})
+PP2 = ("--pp", "2")
+
+FAULTS = (
+    Fault(
+        name="k and v swapped",
+        edits=exchange(LLAMA, "self_attn.k_proj.weight: (group k dim)", "self_attn.k_proj.weight: (group v dim)")[:1]
+        + (
+            Edit(file=LLAMA, old="<one>", new="self_attn.k_proj.weight: (group v dim)"),
+            Edit(
+                file=LLAMA,
+                old="self_attn.v_proj.weight: (group v dim)",
+                new="self_attn.v_proj.weight: (group k dim)",
+            ),
+        ),
+        red=CANCELS,
+        words=(
+            "decoder.layers.0.self_attention.linear_qkv.weight",
+            "should be model.layers.0.self_attn.k_proj.weight[0, 0], is model.layers.0.self_attn.v_proj.weight[0, 0]",
+            "model.layers.3.self_attn.v_proj.weight: 9,216 of 9,216 elements differ",
+        ),
+    ),
+)
