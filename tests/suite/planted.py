@@ -128,20 +128,148 @@ PP2 = ("--pp", "2")
 FAULTS = (
     Fault(
         name="k and v swapped",
-        edits=exchange(LLAMA, "self_attn.k_proj.weight: (group k dim)", "self_attn.k_proj.weight: (group v dim)")[:1]
-        + (
-            Edit(file=LLAMA, old="<one>", new="self_attn.k_proj.weight: (group v dim)"),
-            Edit(
-                file=LLAMA,
-                old="self_attn.v_proj.weight: (group v dim)",
-                new="self_attn.v_proj.weight: (group k dim)",
-            ),
-        ),
+        edits=exchange(LLAMA, "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
         red=CANCELS,
         words=(
             "decoder.layers.0.self_attention.linear_qkv.weight",
             "should be model.layers.0.self_attn.k_proj.weight[0, 0], is model.layers.0.self_attn.v_proj.weight[0, 0]",
             "model.layers.3.self_attn.v_proj.weight: 9,216 of 9,216 elements differ",
         ),
+    ),
+    Fault(
+        name="gate and up swapped",
+        edits=exchange(LLAMA, "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        red=CANCELS,
+        words=(
+            "decoder.layers.7.mlp.linear_fc1.weight",
+            "should be model.layers.0.mlp.gate_proj.weight[0, 0], is model.layers.0.mlp.up_proj.weight[0, 0]",
+        ),
+    ),
+    Fault(
+        name="query heads in another order",
+        edits=(Edit(file=LLAMA, old="(group rep q dim) hidden", new="(rep group q dim) hidden"),),
+        red=CANCELS,
+        words=(
+            "decoder.layers.0.self_attention.linear_qkv.weight",
+            "should be model.layers.0.self_attn.q_proj.weight[32, 0], is model.layers.0.self_attn.q_proj.weight[128, 0]",
+        ),
+    ),
+    Fault(
+        name="layers off by one at a stage boundary",
+        edits=(
+            Edit(
+                file="converters/topology.py",
+                old="return chunk.start, chunk.stop",
+                new="return chunk.start - (chunk.pp > 0), chunk.stop - (chunk.pp > 0)",
+            ),
+        ),
+        red=CHECKS - {"config"},
+        words=(
+            "model.layers.7.mlp.down_proj.weight",
+            "should be model.layers.4.mlp.down_proj.weight[0, 0], is model.layers.3.mlp.down_proj.weight[0, 0]",
+        ),
+        layout=PP2,
+    ),
+    Fault(
+        name="layers off by one, around the end",
+        edits=(
+            Edit(
+                file="converters/layout.py",
+                old="left = iter(numbers)",
+                new='left = iter([(n + 1) % 8 for n in numbers] if self.key.startswith("model.") else numbers)',
+            ),
+        ),
+        red=CANCELS,
+        words=("should be model.layers.7.mlp.down_proj.weight[0, 0], is model.layers.0.mlp.down_proj.weight[0, 0]",),
+    ),
+    Fault(
+        # The independent statement takes the placement of layers from the same place, and so errs with the product.
+        name="stages exchanged",
+        edits=(
+            Edit(
+                file="converters/topology.py",
+                old="ModelChunk(pp=pp, chunk=chunk, start=start",
+                new="ModelChunk(pp=self.pp - 1 - pp, chunk=chunk, start=start",
+            ),
+        ),
+        red=LOGITS,
+        words=("logits: measured",),
+        layout=PP2,
+    ),
+    Fault(
+        name="rope factor dropped",
+        edits=(Edit(file=FIELDS, old='Pair("rope_factor", "rope_scaling_factor"),', new=""),),
+        red=REFUSED | {"config"},
+        words=("rope_factor=35.0: no row of the ledger uses it",),
+    ),
+    Fault(
+        name="rope factor always 8",
+        edits=(
+            Edit(
+                file=FIELDS,
+                old='Pair("rope_factor", "rope_scaling_factor"),',
+                new='Derived(("rope_factor",), ("rope_scaling_factor",), (((35.0,), (8.0,)),)),',
+            ),
+        ),
+        red=LOGITS,
+        words=("logits: measured", "look at the config ledger (rope,"),
+    ),
+    Fault(
+        name="eps from another field",
+        edits=exchange(FIELDS, 'Pair("rms_norm_eps",', 'Pair("initializer_range",'),
+        red=LOGITS,
+        words=("logits: measured", "look at the config ledger (rope, eps,"),
+    ),
+    Fault(
+        name="last vocabulary rows lost",
+        edits=(
+            Edit(
+                file="converters/execute.py",
+                old="            written += into.numel()",
+                new='            if "word_embeddings" in key:\n                into[-2:].zero_()\n'
+                "            written += into.numel()",
+            ),
+        ),
+        red=frozenset({"import", "round_trip", "logits_and_loss"}),
+        words=(
+            "embedding.word_embeddings.weight: 144 of 11,952 elements differ",
+            "should be model.embed_tokens.weight[164, 0], is zero",
+            "model.embed_tokens.weight: 216 of 23,832 elements differ",
+        ),
+    ),
+    Fault(
+        name="vocabulary behind its padding",
+        edits=(Edit(file=LLAMA, old="[vocab (zero pad)]", new="[(zero pad) vocab]", times=4),),
+        red=CANCELS,
+        words=(
+            "embedding.word_embeddings.weight",
+            "should be model.embed_tokens.weight[0, 0], is zero",
+        ),
+    ),
+    Fault(
+        name="tied head from elsewhere",
+        edits=(
+            Edit(
+                file=LLAMA,
+                old='value=Tie("megatron"),\n            hf="model.embed_tokens.weight: vocab hidden"',
+                new='value=Tie("megatron"),\n            hf="lm_head.weight: vocab hidden"',
+            ),
+        ),
+        red=CHECKS - {"config"},
+        words=("lm_head.weight",),
+        layout=PP2,
+    ),
+    Fault(
+        name="tensor without a rule",
+        edits=(
+            Edit(
+                file=LLAMA,
+                old='rule("down", hf=LAYER + "mlp.down_proj.weight: hidden ffn", '
+                'megatron=FC2 + "weight: hidden ffn/tp"),',
+                new="",
+            ),
+        ),
+        red=REFUSED,
+        words=("tensors that nothing maps (8):", "model.layers.0.mlp.down_proj.weight"),
     ),
 )
