@@ -158,14 +158,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     if state is None:
         return []
     options = state.options
-    weights = {
-        "checkpoint": "the checkpoint's",
-        "seeded": "seeded: random, from a fixed seed",
-    }[options.weights]
+    from parity.subjects import weights_note
+
+    weights = "; ".join(dict.fromkeys(weights_note(model, options.weights) for model in options.models))
     size = "" if options.size == "full" else f", {options.size} size"
     kept = "" if options.layers is None else f", first {options.layers} layers"
     lines = [f"parity: {', '.join(options.models)} (weights: {weights}{size}{kept})"]
-    lines += [f"parity: {len(state.cases)} of {len(state.cases) + len(state.left_out)} combinations are cases"]
+    asked = len(state.cases) + len(state.left_out)
+    lines += [f"parity: {asked} combination{'s' * (asked != 1)} asked for, {len(state.cases)} to check"]
     if state.left_out:
         lines += [f"parity: {len(state.left_out)} left out", *_by_reason(state.left_out)]
     lines += _by_reason((case.id, case.note) for case in state.cases if case.note)

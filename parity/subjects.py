@@ -121,7 +121,7 @@ def subject(
             name=model, slug=slug, folder=folder, config=_config_in(folder), weights="seeded", origin="config"
         )
     found: str | None = None
-    if packaged(model) == "SmolLM2-135M" and not Path(model).is_dir():
+    if _is_smollm2(model):
         folder, note, origin = smollm2.prepare(cache, progress), smollm2.NOTE, "package"
     else:
         source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -135,6 +135,17 @@ def subject(
     return Subject(
         name=model, slug=slug, folder=folder, config=_config_in(folder), weights=note, origin=origin, revision=found
     )
+
+
+def weights_note(model: str, weights: Weights | None) -> str:
+    """What the weights of a model are, for a header, before they are fetched."""
+    if weights == "seeded":
+        return "seeded: random, from a fixed seed"
+    return smollm2.NOTE if _is_smollm2(model) else "the checkpoint's"
+
+
+def _is_smollm2(model: str) -> bool:
+    return packaged(model) == "SmolLM2-135M" and not Path(model).is_dir()
 
 
 def _discard(_: object) -> None:

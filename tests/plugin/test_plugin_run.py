@@ -41,7 +41,7 @@ def test_runs_the_suite_from_an_empty_folder(run: Run, model: Path) -> None:
     result.stdout.fnmatch_lines(
         [
             "parity: *Llama-Small (weights: the checkpoint's)",
-            "parity: 2 of 2 combinations are cases",
+            "parity: 2 combinations asked for, 2 to check",
             "parity: *torch *",
             "  check  * measured  * bound  margin  seconds  verdict  unit",
             "llama-small-tp1-pp1-fp32-megatron",
@@ -160,7 +160,7 @@ def test_left_out_combinations_are_in_the_header(run: Run, model: Path) -> None:
     assert result.ret == 0
     result.stdout.fnmatch_lines(
         [
-            "parity: 4 of 8 combinations are cases",
+            "parity: 8 combinations asked for, 4 to check",
             "parity: 4 left out",
             "  a feed-forward width of 144 does not divide over tp=5:",
             "    llama-small-tp5-pp1-fp32-megatron",
