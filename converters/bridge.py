@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from converters import artefacts, execute
-from converters.errors import CheckpointError, ConfigError, ConversionError, listing
+from converters import artefacts, collective, execute
+from converters.errors import CheckpointError, ConfigError, ConversionError
 from converters.execute import TensorInfo, Transfer
 from converters.fields import Ledger
 from converters.models import FAMILIES, Family, family_of
@@ -25,7 +24,6 @@ from converters.sources import Source, resolve
 from converters.stores import safetensors
 from converters.stores.modules import ModuleStore
 from converters.topology import Mesh
-from converters.values import Tie
 
 if TYPE_CHECKING:
     from converters.megatron.provider import GPTModelProvider
@@ -187,21 +185,18 @@ class AutoBridge:
         """
         parts = self._parts(model, padding)
         whole = self.plan(_config_of(model)).inverse()
-        dtypes = _gathered_dtypes(parts)
+        dtypes = _dtypes(parts)
         device = next(model[0].parameters()).device
         copies = [(plan, store, _by_target(plan)) for plan, store in parts]
-        tied = whole.target_tensors if any(isinstance(row.value, Tie) for row in whole.rules) else ()
         for key, shape in whole.target_tensors.items():
             tensor = torch.zeros(shape, dtype=dtypes[key], device=device)
             for _, store, by_target in copies:
                 for copy in by_target.get(key, ()):
                     if copy.kind != "verify" and not copy.source_replica:
                         execute.apply(copy, store.tensor(copy.source.key), tensor)
-            if _distributed():
-                # Disjoint parts over zeros: their sum as integers keeps every bit. Bytes, since gloo adds no int16.
-                dist.all_reduce(tensor.view(-1).view(torch.uint8))
-            if key in tied:
-                _agree(_tied_faults(copies, key, tensor))
+            collective.add_parts(tensor)
+            if key in whole.tied:
+                collective.agree(_tied_faults(copies, key, tensor))
             yield key, tensor
 
     def save_hf_pretrained(
@@ -230,16 +225,16 @@ class AutoBridge:
         target = Path(path)
         parts = self._parts(model, padding)
         whole = self.plan(_config_of(model)).inverse()
-        dtypes = _gathered_dtypes(parts)
+        dtypes = _dtypes(parts)
         infos = {key: TensorInfo(shape, dtypes[key]) for key, shape in whole.target_tensors.items()}
         like = self.weights.shards() if self.source.folder else None
         files = safetensors.lay_out(infos, like)
-        partial = _on_first_rank(lambda: self._prepare(target, files, _config_of(model), overwrite))
+        partial = collective.on_first(lambda: self._prepare(target, files, _config_of(model), overwrite))
         try:
             self._write(Path(partial), files, parts)
-            _on_first_rank(lambda: artefacts.commit(Path(partial), target))
+            collective.on_first(lambda: artefacts.commit(Path(partial), target))
         except BaseException:
-            if not _distributed() or dist.get_rank() == 0:
+            if collective.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -266,14 +261,14 @@ class AutoBridge:
             for copy in plan.copies:
                 if copy.kind != "verify" and not copy.source_replica:
                     execute.apply(copy, store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key))
-        _agree([])  # every part is in place
+        collective.agree([])  # every part is in place
         for plan, store in parts:
             for copy in plan.copies:
                 if copy.kind == "verify":
                     second, first = store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key)
                     fault = execute.tied_fault(copy, second, first)
                     faults += [fault] if fault else []
-        _agree(faults)
+        collective.agree(faults)
 
     def hf_config(self, provider: GPTModelProvider) -> bytes:
         """The config.json of an export: the source's own bytes, or with the fields that the provider changed.
@@ -311,7 +306,7 @@ class AutoBridge:
             except CheckpointError as error:
                 faults.append(str(error))
             parts.append((plan, store))
-        _agree(faults)
+        collective.agree(faults)
         return parts
 
 
@@ -364,15 +359,11 @@ def _config_of(model: Sequence[torch.nn.Module]) -> GPTModelProvider:
 def _meshes(provider: GPTModelProvider) -> list[Mesh]:
     """This rank's place, once for each of its model chunks."""
     topology = provider.topology
-    coord = topology.coord(dist.get_rank() if _distributed() else 0)
+    coord = topology.coord(collective.rank())
     return [Mesh(topology, chunk) for chunk in topology.chunks_of(coord)]
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gathered_dtypes(parts: list[tuple[Plan, ModuleStore]]) -> dict[str, torch.dtype]:
+def _dtypes(parts: list[tuple[Plan, ModuleStore]]) -> dict[str, torch.dtype]:
     """The dtype of each exported tensor: that of the parameter that it moves from, on whichever rank."""
     own = {
         copy.target.key: store.tensors()[copy.source.key].dtype
@@ -380,38 +371,4 @@ def _gathered_dtypes(parts: list[tuple[Plan, ModuleStore]]) -> dict[str, torch.d
         for copy in plan.copies
         if copy.kind != "verify"
     }
-    if not _distributed():
-        return own
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {key: dtype for found in everyone for key, dtype in found.items()}
-
-
-def _agree(faults: list[str]) -> None:
-    """Wait for every rank, and fail on all of them with the faults of any.
-
-    Raises:
-        CheckpointError: Some rank found a fault.
-    """
-    everyone: list[Any] = [faults]
-    if _distributed():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, faults)
-    found = {fault for faults in everyone for fault in faults}
-    if found:
-        raise CheckpointError(listing("the model cannot be exported", found))
-
-
-def _on_first_rank(step: Any) -> Any:
-    """Run `step` on rank 0 and give its result to every rank, or its error."""
-    outcome: list[Any] = [None, None]
-    if not _distributed() or dist.get_rank() == 0:
-        try:
-            outcome[0] = step()
-        except (ConversionError, OSError) as error:
-            outcome[1] = error
-    if _distributed():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    return collective.merged_dtypes(own)

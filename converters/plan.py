@@ -177,6 +177,17 @@ class Plan:
         }
 
     @cached_property
+    def tied(self) -> frozenset[str]:
+        """The target tensors whose elements the source, or the target, holds a second time."""
+        return frozenset(
+            key
+            for row in self.rules
+            if isinstance(row.value, Tie)
+            for layout in self._layouts(row, self.target)
+            for key in layout.keys(self.sizes, self.target_mesh)
+        )
+
+    @cached_property
     def lost(self) -> dict[str, str]:
         """For each tensor that the target format may hold but this plan cannot make, the reason."""
         return self.inverse().drops

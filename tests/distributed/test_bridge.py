@@ -38,7 +38,7 @@ def beside(target: Path) -> list[str]:
         ("odd", Topology(pp=3, dp=2), {}),
         ("odd", Topology(cp=2), {}),
         ("odd", Topology(pp=2, first_stage_layers=1), {}),
-        ("odd", Topology(pp=3, last_stage_layers=0), {}),
+        ("odd", Topology(pp=3, first_stage_layers=1, last_stage_layers=3), {}),
         ("odd", Topology(pp=2, vpp=2, count_embedding=True, count_loss=True), {}),
         ("odd", Topology(pp=2, vpp=3), {}),
         ("attention-biased", Topology(tp=3), {}),

@@ -171,7 +171,7 @@ FAULTS = (
         layout=PP2,
     ),
     Fault(
-        name="layers off by one, around the end",
+        name="layers off by one all around",
         edits=(
             Edit(
                 file="converters/layout.py",
@@ -180,7 +180,7 @@ FAULTS = (
             ),
         ),
         red=CANCELS,
-        words=("should be model.layers.7.mlp.down_proj.weight[0, 0], is model.layers.0.mlp.down_proj.weight[0, 0]",),
+        words=("should be model.layers.0.mlp.down_proj.weight[0, 0], is model.layers.7.mlp.down_proj.weight[0, 0]",),
     ),
     Fault(
         # The independent statement takes the placement of layers from the same place, and so errs with the product.
