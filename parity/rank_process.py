@@ -34,6 +34,8 @@ Kind = Literal["exception", "signal", "timeout", "memory", "exit"]
 
 _OUT_OF_MEMORY = re.compile(r"not enough memory: you tried to allocate|bad_alloc|Cannot allocate memory|out of memory")
 
+in_rank = False  # whether this process is a rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -88,6 +90,8 @@ def live(order: Order, rank: int, zygote: int, listener: socket.socket | None) -
         zygote: The pid of the process that forked.
         listener: The open socket at which rank 0 is to serve the store; `None` without a process group.
     """
+    global in_rank
+    in_rank = True
     code = 1
     try:
         _settle(order, rank, zygote)

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from parity import rank_process
 from parity.pickled import read, write
 from parity.rank_failure import Observed, RankFailure, judge, log_tail
 from parity.rank_process import Order, Reference, memory
@@ -184,6 +185,11 @@ class Zygote:
             )
             self.close()
         if self._process is None:
+            if rank_process.in_rank:
+                raise ZygoteError(
+                    "a rank cannot start ranks: in a script, put what does under `if __name__ == '__main__'`, for the "
+                    "script is read again in each rank"
+                )
             if sys.platform != "linux":
                 raise ZygoteError(f"ranks are forked on Linux only, found {sys.platform}: run in a Linux container")
             self._process = _Process(self._preload)

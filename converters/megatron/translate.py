@@ -33,10 +33,9 @@ def fields_of(provider: GPTModelProvider) -> tuple[dict[str, Any], dict[str, Any
     """
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_query_groups", "ffn_hidden_size")
     # (`num_query_groups` with its ghosts, as in the provider: both sides lose them below.)
-    parallel = [field.name for field in dataclasses.fields(provider) if field.name.endswith("parallel_size")]
-    plain = GPTModelProvider(
-        **{name: getattr(provider, name) for name in (*sizes, "kv_channels", "ghost_query_groups", *parallel)}
-    )
+    mesh = [f.name for f in dataclasses.fields(provider) if "parallel" in f.name or "_pipeline_" in f.name]
+    named = (*sizes, "kv_channels", "ghost_query_groups", *mesh)
+    plain = GPTModelProvider(**{name: getattr(provider, name) for name in named})
     plain.params_dtype, plain.bf16, plain.fp16 = provider.params_dtype, provider.bf16, provider.fp16
     plain.finalize()
     return _plain(provider), _plain(plain)

@@ -39,6 +39,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("TMPDIR", str(folder))
+        patch.delenv("PYTHONUNBUFFERED", raising=False)  # ranks lose no output without it
         yield folder
     assert files(folder) == set()
 

@@ -204,9 +204,11 @@ def test_a_function_that_is_not_there(zygote: Zygote) -> None:
 
 
 def test_an_interrupt_ends_the_ranks(zygote: Zygote) -> None:
+    before = descendants(os.getpid())
     with light() as (own, _):
         with pytest.raises(KeyboardInterrupt):
             own.run(rank_functions.interrupt, os.getpid(), world=2, backend=None)
+        assert descendants(os.getpid()) == before
         assert own.run(rank_functions.same, 1, backend=None) == [1]
 
 

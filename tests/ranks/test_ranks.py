@@ -130,30 +130,39 @@ def test_a_module_that_cannot_be_imported_by_its_name(
     assert zygote.run(module.Mover.moved, module.Point(1), world=2, backend=None) == [module.Point(2)] * 2
 
 
+SCRIPT = """
+from dataclasses import dataclass
+from parity.ranks import Zygote
+
+@dataclass
+class Point:
+    x: int
+
+def moved(point):
+    return Point(point.x + 1)
+
+if {guard}:
+    with Zygote(preload=[]) as zygote:
+        print(zygote.run(moved, Point(1), world=2, backend=None) == [Point(2), Point(2)])
+"""
+
+
+def run_script(folder: Path, guard: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(guard=guard))
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=120)
+
+
 def test_a_function_of_a_script(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-            from dataclasses import dataclass
-            from parity.ranks import Zygote
-
-            @dataclass
-            class Point:
-                x: int
-
-            def moved(point):
-                return Point(point.x + 1)
-
-            if __name__ == "__main__":
-                with Zygote(preload=[]) as zygote:
-                    print(zygote.run(moved, Point(1), world=2, backend=None) == [Point(2), Point(2)])
-        """)
-    )
-    path = os.pathsep.join(filter(None, sys.path))
-    ran = subprocess.run(
-        [sys.executable, script], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    ran = run_script(tmp_path, "__name__ == '__main__'")
     assert (ran.stdout, ran.stderr) == ("True\n", "")
+
+
+def test_a_script_that_would_start_ranks_from_ranks(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, "True")
+    assert ran.stdout == ""
+    assert "ZygoteError: a rank cannot start ranks: in a script, put what does under `if __name__" in ran.stderr
 
 
 def test_zygotes_side_by_side(zygote: Zygote) -> None:

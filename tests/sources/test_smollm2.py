@@ -39,6 +39,8 @@ def test_the_real_model_talks_and_its_tokenizer_splits_digits(prepared: Path) ->
     assert model.config.rms_norm_eps == 1e-5
     tokenizer = transformers.AutoTokenizer.from_pretrained(prepared)
     assert tokenizer.tokenize("In 1969") == ["In", "Ġ", "1", "9", "6", "9"]
+    # What tells a tokenizer without digit splitting: it would tie the last of two spaces to the digit.
+    assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]
     text = "It's a café — naïve?\n\n\tdef f(x): return x  # ok"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     question = [{"role": "user", "content": "What is the capital of France?"}]

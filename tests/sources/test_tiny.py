@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from converters.errors import CheckpointError, ConfigError
 from converters.sources import PACKAGED, read_config
 from parity import coded
-from parity.seeded import key_table, parameters, write_checkpoint
+from parity.seeded import _bytes, key_table, parameters, write_checkpoint
 from parity.shards import read_entries
 from parity.tiny import llama3_bands, odd_config, shrink, with_layers
 
@@ -249,6 +249,11 @@ def test_bfloat16_is_rounded_to_nearest_even(tmp_path: Path) -> None:
     exact = load_file(write_checkpoint(odd_config(), tmp_path / "a") / "model.safetensors")
     rounded = load_file(write_checkpoint(odd_config(), tmp_path / "b", dtype="bfloat16") / "model.safetensors")
     assert all(torch.equal(exact[key].bfloat16(), rounded[key]) for key in exact)
+    # Ties are too rare in random weights to be left to chance: odd and even last places, both signs.
+    ties = ((np.arange(0x3F00, 0x3F40, dtype=np.uint32) << 16) + 0x8000).view(np.float32)
+    ties = np.concatenate([ties, -ties])
+    bits = np.frombuffer(_bytes(ties, "BF16"), "<i2")
+    assert np.array_equal(bits, torch.from_numpy(ties).bfloat16().view(torch.int16).numpy())
 
 
 def test_damaged_weight_files_are_named(tmp_path: Path) -> None:
