@@ -88,7 +88,12 @@ def commit(partial: Path, target: Path) -> None:
     if target.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
         target.rename(aside / target.name)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except BaseException:
+            (aside / target.name).rename(target)
+            aside.rmdir()
+            raise
         shutil.rmtree(aside)
     else:
         partial.rename(target)

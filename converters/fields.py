@@ -151,25 +151,22 @@ class Switch:
     hf: str
     cases: Mapping[Any, Case]
 
-    def case(self, value: Any) -> Case:
-        """The rows for one value.
-
-        Raises:
-            ConfigError: There are none.
-        """
-        if value not in self.cases:
-            raise ConfigError(
-                f"{self.hf}={value!r} is not supported; supported: {', '.join(map(repr, self.cases))}. "
-                "Ignoring it would give a model that computes something else"
-            )
-        return self.cases[value]
+    def refusal(self, value: Any) -> str:
+        """What is to be said of a value that has no case."""
+        return (
+            f"{self.hf}={value!r} is not supported; supported: {', '.join(map(repr, self.cases))}. "
+            "Ignoring it would give a model that computes something else"
+        )
 
     def forward(self, hf: Config) -> Iterator[Entry]:
-        case = self.case(hf[self.hf])
+        value = hf[self.hf]
+        if value not in self.cases:
+            raise ConfigError(self.refusal(value))
+        case = self.cases[value]
         lacking = [row.hf for row in case.rows if isinstance(row, Pair) and hf[row.hf] is None]
         if lacking:
-            raise ConfigError(f"{self.hf}={hf[self.hf]!r} needs {', '.join(lacking)}, which the config does not give")
-        yield Entry(kind="derived", hf={self.hf: hf[self.hf]}, megatron=dict(case.when))
+            raise ConfigError(f"{self.hf}={value!r} needs {', '.join(lacking)}, which the config does not give")
+        yield Entry(kind="derived", hf={self.hf: value}, megatron=dict(case.when))
         for row in case.rows:
             yield from row.forward(hf)
 
@@ -304,8 +301,11 @@ class FieldTable:
         if unknown:
             hints = [path + near(path, consumed) for path in unknown]
             problems.append(listing("fields that no row of the ledger names", hints))
-            # They may be those of a value that has no case (a rope type): that is then what the message must say.
-            problems += self._run(lambda row: row.case(found[row.hf]) and () if isinstance(row, Switch) else ())[1]
+            # They may be those of a value that has no case (a rope type): then that is what has to be said.
+            switches = [row for row in self.rows if isinstance(row, Switch)]
+            problems += [
+                row.refusal(found[row.hf]) for row in switches if row.hf in found and found[row.hf] not in row.cases
+            ]
         if problems:
             raise ConfigError("\n".join([f"config of a {self.family} model:", *problems]))
         return found, defaulted

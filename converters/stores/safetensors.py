@@ -103,6 +103,8 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files: dict[str, set[str] | None] = {file: set() for file in sorted(set(weight_map.values()))}
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError("a file's name is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index with a weight_map: {error!r}") from error
     outside = sorted(file for file in files if Path(file).name != file)

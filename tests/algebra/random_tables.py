@@ -114,7 +114,7 @@ def _column(
         factors = _factors(draw, group)
         if draw(st.booleans()):
             factors = _padded(draw, factors, f"p{key}_{number}", sizes)
-        split = draw(st.integers(0, len(factors)))
+        split = draw(st.integers(0, len(factors) - 1))
         name = f"{key}.{number}" + "".join(f".{{{factor}}}" for factor in factors[:split])
         layout = Layout.parse(f"{name}: " + " ".join(map(str, _grouped(draw, factors[split:]))))
         out.append(_cut(draw, layout, sizes, meshes) if meshes else layout)

@@ -60,7 +60,7 @@ def only(model: Model, column: str) -> dict[str, int]:
     return {name: 0 for name in model.sizes if name.startswith("p") and not name.startswith(f"p{column}")}
 
 
-@given(models(shifts=True).map(unpadded), st.permutations(COLUMNS))
+@given(models().map(unpadded), st.permutations(COLUMNS))
 def test_a_third_format_on_the_way_changes_nothing(model: Model, columns: list[str]) -> None:
     first, between, last = columns
     tensors = coded(model.plan(first, last).source_tensors)
