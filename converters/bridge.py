@@ -281,6 +281,8 @@ class AutoBridge:
         values, defaults = fields_of(provider)
         found = self.family.fields.to_hf(values, defaults).hf
         changes = {name: value for name, value in found.items() if value != self.ledger.hf[name]}
+        # What the model no longer has (the factors of a rope scaling that was switched off) is set to null.
+        changes |= {name: None for name, was in self.ledger.hf.items() if was is not None and name not in found}
         if not changes and self.source.folder is not None:
             return (self.source.folder / "config.json").read_bytes()
         spellings = {known.name: known.paths for known in self.family.fields.fields}

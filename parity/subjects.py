@@ -137,7 +137,7 @@ def subject(
     )
 
 
-def weights_note(model: str, weights: Weights | None) -> str:
+def weights_note(model: str, weights: str | None) -> str:
     """What the weights of a model are, for a header, before they are fetched."""
     if weights == "seeded":
         return "seeded: random, from a fixed seed"

@@ -8,7 +8,8 @@ Sources:
 
 from __future__ import annotations
 
-from converters.fields import ABSENT, Case, Derived, Dropped, Field, FieldTable, Fixed, Of, Pair, Ratio, Switch
+from converters.fields import Field, FieldTable, Of, Ratio
+from converters.rows import ABSENT, Case, Derived, Dropped, Fixed, Pair, Switch
 
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5, transformers 4
 

@@ -61,7 +61,9 @@ def test_plan_shows_padding_ties_and_what_was_chosen(capsys: pytest.CaptureFixtu
     assert code == 0
     assert "they divide evenly only with the embedding and the loss counted as a layer each" in out
     words = " ".join(out.split())
-    assert f"padding embedding.word_embeddings.weight: {(130_000 - 128_256) * 2048:,} constant elements, written" in words
+    assert (
+        f"padding embedding.word_embeddings.weight: {(130_000 - 128_256) * 2048:,} constant elements, written" in words
+    )
     assert f"tied tied head: {128_256 * 2048:,} elements, a second copy" in words
 
 
@@ -125,7 +127,8 @@ def test_explain_a_tensor(capsys: pytest.CaptureFixture[str], odd: Path) -> None
         # Five groups of three query heads, a key and a value, 24 rows each: the key of group 1 starts at 120 + 72.
         (
             ["decoder.layers.0.self_attention.linear_qkv.weight[192, 5]"],
-            "decoder.layers.0.self_attention.linear_qkv.weight[192, 5] <- model.layers.0.self_attn.k_proj.weight[24, 5]",
+            "decoder.layers.0.self_attention.linear_qkv.weight[192, 5] <- "
+            "model.layers.0.self_attn.k_proj.weight[24, 5]",
         ),
         # The second of five ranks has the second group.
         (
@@ -147,9 +150,7 @@ def test_explain_a_tensor(capsys: pytest.CaptureFixture[str], odd: Path) -> None
         ),
     ],
 )
-def test_explain_an_element(
-    capsys: pytest.CaptureFixture[str], odd: Path, arguments: list[str], answer: str
-) -> None:
+def test_explain_an_element(capsys: pytest.CaptureFixture[str], odd: Path, arguments: list[str], answer: str) -> None:
     assert call(capsys, "explain", "--model", odd, *arguments) == (0, answer + "\n", "")
 
 
@@ -166,9 +167,7 @@ def test_explain_an_element(
         (["plan", "--tp", "2"], 2, "does not divide over tp=2"),
     ],
 )
-def test_errors(
-    capsys: pytest.CaptureFixture[str], odd: Path, arguments: list[str], code: int, message: str
-) -> None:
+def test_errors(capsys: pytest.CaptureFixture[str], odd: Path, arguments: list[str], code: int, message: str) -> None:
     found, out, err = call(capsys, *arguments, "--model", odd)
     assert (found, out) == (code, "")
     assert err.startswith("error: ")

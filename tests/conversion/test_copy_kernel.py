@@ -139,7 +139,10 @@ def test_constants_are_written_forward_and_verified_backward() -> None:
     middle, back = room(forward.target_tensors), room(forward.source_tensors)
     run(forward, Held(weights(ODD)), middle)
     assert not middle.held["output_layer.weight"][-1].any()
-    for key, where in (("output_layer.weight", (-1, 3)), ("decoder.layers.1.self_attention.linear_proj.weight", (0, -1))):
+    for key, where in (
+        ("output_layer.weight", (-1, 3)),
+        ("decoder.layers.1.self_attention.linear_proj.weight", (0, -1)),
+    ):
         spoilt = Held({**middle.held, key: middle.held[key].clone()})
         spoilt.held[key][where] = float("nan")
         with pytest.raises(CheckpointError, match=rf"{key}: 1 of [\d,]+ elements that must be 0 are not"):
@@ -187,5 +190,3 @@ def test_a_read_only_source_is_not_written() -> None:
     before = {key: tensor.clone() for key, tensor in source.items()}
     run(plan(ODD), Held(source), room(plan(ODD).target_tensors))
     same(source, before)
-
-

@@ -255,5 +255,5 @@ def test_megatron_values_that_a_llama_cannot_say(name: str, value: Any) -> None:
 
 
 def test_other_families_are_refused() -> None:
-    with pytest.raises(ConfigError, match="model_type='lama' is not supported.*did you mean 'llama'"):
+    with pytest.raises(ConfigError, match=r"model_type='lama' is not supported.*did you mean 'llama'"):
         family_of({"model_type": "lama"})

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import CheckpointError
 from converters.execute import TensorInfo, bits
+from converters.stores import safetensors as store
 from converters.stores.safetensors import (
     DTYPES,
     INDEX,
@@ -22,7 +23,6 @@ from converters.stores.safetensors import (
     create,
     lay_out,
 )
-from converters.stores import safetensors as store
 
 ODD_SHAPES = ((3, 5), (7,), (), (2, 0, 3), (1, 1, 1))
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -96,7 +96,9 @@ def test_writes_what_the_library_writes(tmp_path: Path, like: bool) -> None:
 
 
 def test_mixed_dtypes_start_aligned_and_are_read_by_the_library(tmp_path: Path) -> None:
-    tensors = {f"{at}": patterns((3,), dtype, at) for at, dtype in enumerate((torch.int8, torch.float64, torch.bfloat16))}
+    tensors = {
+        f"{at}": patterns((3,), dtype, at) for at, dtype in enumerate((torch.int8, torch.float64, torch.bfloat16))
+    }
     files = lay_out({key: TensorInfo((3,), t.dtype) for key, t in tensors.items()})
     create(tmp_path, files)
     written = MappedFiles(tmp_path, files)

@@ -142,9 +142,7 @@ def test_an_existing_target_stays(checkpoints: dict[str, Path], in_ranks: Run, t
     assert beside(target) == ["exported"]
 
 
-def test_a_tied_copy_that_strayed_is_not_exported(
-    checkpoints: dict[str, Path], in_ranks: Run, tmp_path: Path
-) -> None:
+def test_a_tied_copy_that_strayed_is_not_exported(checkpoints: dict[str, Path], in_ranks: Run, tmp_path: Path) -> None:
     """Only the last stage knows; every rank fails, and nothing is left."""
     target = tmp_path / "exported"
     found = in_ranks(bridged.save_altered, checkpoints["tied"], PP2, target, 1, "output_layer.weight", 3)

@@ -18,6 +18,8 @@ def compare(config: dict[str, Any]) -> tuple[int, list[str]]:
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment,misc]
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()  # type: ignore[assignment,misc]
+    torch.cuda.set_rng_state = lambda *_: None  # type: ignore[assignment,misc]
     torch.cuda.manual_seed = lambda _: None  # type: ignore[assignment,misc]
 
     from megatron.core import parallel_state

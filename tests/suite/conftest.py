@@ -14,7 +14,9 @@ AT_A_TIME = 2
 
 
 @pytest.fixture(scope="session")
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Outcome]]:
+def outcome(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Outcome]]:
     """The outcome of a fault's run. The runs of all selected tests start at once, and a test waits for its own.
 
     Not under pytest-xdist, whose workers do not know who has which test; there they already run side by side.

@@ -61,7 +61,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run of pytest said: its exit status, `passed` or the failing text of each test, and all that it printed."""
+    """What a run of pytest said: its exit status, `passed` or the failing text of each test, all that it printed."""
 
     status: int
     tests: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ def run(edits: tuple[Edit, ...], layout: tuple[str, ...], folder: Path, cache: P
     )
     output = done.stdout + done.stderr
     tests: dict[str, str] = {}
-    for test in ElementTree.parse(report).iter("testcase"):  # noqa: S314  # our own report
+    for test in ElementTree.parse(report).iter("testcase"):  # our own report
         problems = [part for part in test if part.tag in ("failure", "error", "skipped")]
         tests[test.attrib["name"]] = "\n".join(f"{p.get('message')}\n{p.text}" for p in problems) or "passed"
     shutil.rmtree(folder)
@@ -151,7 +151,8 @@ FAULTS = (
         red=CANCELS,
         words=(
             "decoder.layers.0.self_attention.linear_qkv.weight",
-            "should be model.layers.0.self_attn.q_proj.weight[32, 0], is model.layers.0.self_attn.q_proj.weight[128, 0]",
+            "should be model.layers.0.self_attn.q_proj.weight[32, 0], "
+            "is model.layers.0.self_attn.q_proj.weight[128, 0]",
         ),
     ),
     Fault(
