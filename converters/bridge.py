@@ -249,8 +249,11 @@ class AutoBridge:
             if self.source.folder is not None:
                 for file in artefacts.carried(self.source.folder, code=self.trust_remote_code):
                     shutil.copyfile(file, partial / file.name)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                size = sum(file.size for file in files)
+                raise CheckpointError(f"cannot write {size:,} bytes of weights beside {target}: {error}") from error
             raise
         return str(partial)
 

@@ -8,6 +8,7 @@ without gathering a tensor anywhere.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -189,7 +190,9 @@ def create(folder: Path, files: Iterable[FileLayout]) -> None:
         header = file.header()
         with (folder / file.name).open("xb") as out:
             out.write(header)
-            out.truncate(len(header) + file.size)
+            out.flush()
+            # Reserved now, so that a full disk is an error here and not a signal when a mapped page is written.
+            os.posix_fallocate(out.fileno(), 0, len(header) + file.size)
     if len(listed) > 1 or listed[0].name != SINGLE:
         (folder / INDEX).write_text(index_of(listed))
 

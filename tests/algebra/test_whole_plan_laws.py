@@ -33,7 +33,7 @@ def unpadded(model: Model) -> Model:
     return replace(model, sizes={name: 0 if name.startswith("p") else size for name, size in model.sizes.items()})
 
 
-@given(models(shifts=True).map(unpadded), PAIR)
+@given(models(shifts=True).map(unpadded), st.sampled_from((["a", "b"], ["c", "a"])))
 def test_run_then_run_the_inverse_is_the_identity(model: Model, pair: list[str]) -> None:
     plan = model.plan(*pair)
     tensors = coded(plan.source_tensors)
