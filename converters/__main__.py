@@ -159,7 +159,7 @@ def _print(model: str, hf: dict[str, Any], topology: Topology, placement: str, p
     for name, reasons in (("dropped", proof.dropped), ("not made", proof.lost)):
         for key, reason in reasons.items():
             table.add_row(name, f"{key}: {reason}")
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
     console.print(table)
     if proof.holds:
         console.print(

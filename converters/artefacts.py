@@ -35,7 +35,7 @@ def carried(folder: Path, *, code: bool = False) -> list[Path]:
 
 
 def patched(config: Mapping[str, Any], changes: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> str:
-    """The text of `config` with fields changed, each wherever it stands already, or at its first spelling.
+    """The text of `config` with fields changed, each wherever it stands already, or in the object that the config has.
 
     Args:
         config: A `config.json`, as read.
@@ -44,20 +44,26 @@ def patched(config: Mapping[str, Any], changes: Mapping[str, Any], spellings: Ma
     """
     out = json.loads(json.dumps(config))
     for name, value in changes.items():
-        paths = [path for path in spellings[name] if _parent(out, path, create=False) is not None]
-        for path in [p for p in paths if p.rpartition(".")[2] in _parent(out, p, create=False)] or spellings[name][:1]:  # type: ignore[operator]
-            _parent(out, path, create=True)[path.rpartition(".")[2]] = value  # type: ignore[index]
+        present = [path for path in spellings[name] if path.rpartition(".")[2] in (_parent(out, path) or ())]
+        rooted = [path for path in spellings[name] if path.partition(".")[0] in out]
+        for path in present or (rooted or spellings[name])[:1]:
+            *parents, last = path.split(".")
+            at = out
+            for step in parents:
+                if not isinstance(at.get(step), dict):
+                    at[step] = {}
+                at = at[step]
+            at[last] = value
     return json.dumps(out, indent=2) + "\n"
 
 
-def _parent(config: dict[str, Any], path: str, *, create: bool) -> dict[str, Any] | None:
+def _parent(config: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """The object that a path ends in, or `None` where there is none."""
     at: Any = config
     for step in path.split(".")[:-1]:
-        if not isinstance(at.get(step), dict):
-            if not create:
-                return None
-            at[step] = {}
-        at = at[step]
+        at = at.get(step)
+        if not isinstance(at, dict):
+            return None
     return at  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from converters.bridge import AutoBridge
 from converters.execute import bits
-from converters.topology import Topology
+from converters.topology import Coord, Topology
 from parity import coded, observe
 from parity.probes import Probe
 from parity.statement import expected_shard
@@ -104,6 +104,7 @@ def imported(folder: Path, topology: Topology, precision: str) -> tuple[int, lis
     count = 0
     coord = topology.coord(dist.get_rank())
     for chunk, place in zip(chunks, topology.chunks_of(coord), strict=True):
+        differing += _misplaced(unwrap(chunk), topology, place)
         stated = expected_shard(
             expected_of,
             _filled(bridge),
@@ -197,6 +198,14 @@ def compare_folders(folder: Path, target: Path, dtype: torch.dtype) -> tuple[int
         elif not (target / name).is_file() or (folder / name).read_bytes() != (target / name).read_bytes():
             differing.append(f"{name}: not the same bytes")
     return len(before) + len(files), differing
+
+
+def _misplaced(model: Any, topology: Topology, place: Coord) -> list[str]:
+    """Where Megatron numbers the layers of a chunk otherwise than the placement, which the statement shares."""
+    numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    runs = topology.placement(model.config.num_layers)
+    placed = [n for run in runs if (run.pp, run.chunk) == (place.pp, place.chunk) for n in range(run.start, run.stop)]
+    return [] if numbers == placed else [f"{place}: Megatron holds the layers {numbers}, the placement says {placed}"]
 
 
 def _differences(name: str, actual: torch.Tensor, expected: torch.Tensor, table: coded.Table | None) -> list[str]:

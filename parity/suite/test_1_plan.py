@@ -8,6 +8,7 @@ from converters.models import family_of
 from converters.topology import Topology
 from parity.case import Case
 from parity.record import Record
+from parity.seeded import key_table
 from parity.subjects import Subject
 
 
@@ -23,6 +24,14 @@ def test_plan(case: Case, subject: Subject, record: Record) -> None:
     per_group = hf["num_attention_heads"] // hf["num_key_value_heads"]
     groups = case.topology.query_groups(hf["num_key_value_heads"], per_group)
     plan = family.plan("hf", "megatron", subject.config, padded_vocab_size=vocab, padded_query_groups=groups)
+    stated = key_table(subject.config)  # what a Llama consists of, said without the table
+    names = sorted(set(stated) | set(plan.source_tensors))
+    astray = [
+        f"{key}: the model has {stated.get(key, 'no such tensor')}, the table {plan.source_tensors.get(key, 'none')}"
+        for key in names
+        if stated.get(key) != plan.source_tensors.get(key)
+    ]
+    record.proved("plan, coverage", count=len(names), unit="tensors", unproved=astray)
     for check, proof in (
         ("plan, import", plan.prove(target=case.topology)),
         ("plan, export", plan.inverse().prove(source=case.topology)),

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_arrays import coded, convert, positions, run, same
 from random_tables import COLUMNS, Model, models, topologies
@@ -20,6 +20,7 @@ RESHARDED = TWO.flatmap(lambda pair: st.tuples(st.just(pair), models(pair).map(u
 
 
 @given(CASES, PAIR)
+@settings(max_examples=20)
 def test_every_random_restriction_is_proved_on_either_side(case: tuple[Topology, Model], pair: list[str]) -> None:
     topology, model = case
     plan = model.plan(*pair)
@@ -65,6 +66,7 @@ def test_scattered_over_ranks_and_gathered_again_is_the_whole(case: tuple[Topolo
 
 
 @given(RESHARDED, PAIR)
+@settings(max_examples=20)
 def test_resharding_there_and_back_is_the_identity(
     case: tuple[tuple[Topology, Topology], Model], pair: list[str]
 ) -> None:
@@ -119,3 +121,19 @@ def test_exactly_one_rank_of_equals_is_no_replica(case: tuple[Topology, Model]) 
 def cut_coordinates(cuts: frozenset[str], coord: Coord) -> tuple[int, ...]:
     """The part of a place that decides what a layout with `cuts` holds there."""
     return tuple(getattr(coord, dim) for dim in sorted(cuts)) + ((coord.chunk,) if "pp" in cuts else ())
+
+
+def test_random_models_are_cut_over_every_mesh_dim() -> None:
+    """The laws above would be empty if cuts never fitted."""
+    seen: set[str] = set()
+
+    @given(CASES)
+    @settings(max_examples=100)
+    def collect(case: tuple[Topology, Model]) -> None:
+        topology, model = case
+        for layout in (layout for rule in model.table.rules for column in rule.columns.values() for layout in column):
+            sizes = {"tp": topology.tp, "cp": topology.cp, "dp": topology.dp, "ep": topology.ep, "pp": topology.pp}
+            seen.update(dim for dim in layout.cuts if {**sizes, "etp": topology.expert_tp}[dim] > 1)
+
+    collect()
+    assert seen == {"tp", "cp", "dp", "pp", "ep", "etp"}

@@ -191,7 +191,7 @@ def test_a_truncated_file(tmp_path: Path, left: int) -> None:
     sharded(tmp_path)
     whole = (tmp_path / FIRST).read_bytes()
     (tmp_path / FIRST).write_bytes(whole[:left])
-    assert f"files that cannot be trusted (1):\n  {FIRST}: " in refusal(tmp_path).replace("3):", "1):")
+    assert f"files that cannot be trusted (1):\n  {FIRST}: " in refusal(tmp_path)
 
 
 def test_a_dtype_that_cannot_be_converted(tmp_path: Path) -> None:
