@@ -45,7 +45,8 @@ def patched(config: Mapping[str, Any], changes: Mapping[str, Any], spellings: Ma
     out = json.loads(json.dumps(config))
     for name, value in changes.items():
         present = [path for path in spellings[name] if path.rpartition(".")[2] in (_parent(out, path) or ())]
-        rooted = [path for path in spellings[name] if path.partition(".")[0] in out]
+        # Not `rope_parameters` in a config that spells it `rope_scaling`: its transformers would not read it.
+        rooted = [path for path in spellings[name] if "." not in path or path.partition(".")[0] in out]
         for path in present or (rooted or spellings[name])[:1]:
             *parents, last = path.split(".")
             at = out

@@ -6,6 +6,7 @@ each other, whatever the nesting of products and sums, the split into tensors an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,7 +130,7 @@ def _groups(draw: st.DrawFn, cells: list[Names], least: int) -> list[list[Names]
     order = draw(st.permutations(cells))
     count = draw(st.integers(least, len(order)))
     edges = [0, *sorted(draw(st.permutations(range(1, len(order))))[: count - 1]), len(order)]
-    return [order[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [order[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 def _factors(draw: st.DrawFn, cells: list[Names]) -> list[Expr]:

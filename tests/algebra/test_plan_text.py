@@ -90,3 +90,9 @@ def test_a_restriction_keeps_the_side_it_does_not_name() -> None:
     assert isinstance(copy, Copy)
     assert (copy.source.offset, copy.target.offset, copy.elements, copy.source_replica) == (12, 0, 8, True)
     assert [(fill.region.offset, fill.elements) for fill in both.fills] == [(8, 4)]
+
+
+def test_tied_tensors_are_told_on_either_side() -> None:
+    assert toy("tied").tied == {"u"}
+    assert toy("tied").inverse().tied == {"w"}
+    assert toy().tied == frozenset()

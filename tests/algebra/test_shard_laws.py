@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_arrays import coded, convert, positions, run, same
+from index_arrays import Tensors, coded, convert, positions, run, same
 from random_tables import COLUMNS, Model, models, topologies
 from test_whole_plan_laws import PAIR, unpadded
 
+from converters.plan import Copy
 from converters.topology import Coord, Mesh, Topology
 
 TWO = st.tuples(topologies(), topologies())
@@ -46,7 +47,7 @@ def test_restrictions_to_all_ranks_partition_the_plan(case: tuple[Topology, Mode
     assert all((count == 1).all() for count in reads.values())
 
 
-def zeros_and_codes(model: Model, column: str) -> dict:
+def zeros_and_codes(model: Model, column: str) -> Tensors:
     """Coded tensors of `column`, zero where constants lie."""
     plan = model.plan(column, column)
     tensors = coded(plan.source_tensors)
@@ -98,7 +99,7 @@ def test_a_restriction_ignores_the_mesh_dims_that_nothing_is_cut_over(
         assert [plain(copy) for copy in here.copies] == [plain(copy) for copy in there.copies]
 
 
-def plain(copy):
+def plain(copy: Copy) -> Copy:
     """The copy without its replica marks."""
     return replace(copy, source_replica=False, target_replica=False)
 
@@ -128,7 +129,7 @@ def test_random_models_are_cut_over_every_mesh_dim() -> None:
     seen: set[str] = set()
 
     @given(CASES)
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     def collect(case: tuple[Topology, Model]) -> None:
         topology, model = case
         for layout in (layout for rule in model.table.rules for column in rule.columns.values() for layout in column):

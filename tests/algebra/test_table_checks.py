@@ -135,7 +135,7 @@ def test_a_quantity_given_twice_must_agree() -> None:
 
 def test_missing_quantities_are_all_listed() -> None:
     with pytest.raises(LayoutError, match="sizes of a toy model that the config does not give") as caught:
-        table(GOOD).solve({name: 2 for name in ("hidden", "heads", "groups", "padded")})
+        table(GOOD).solve(dict.fromkeys(("hidden", "heads", "groups", "padded"), 2))
     assert str(caught.value).splitlines()[1:] == ["  ffn", "  vocab"]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from index_arrays import coded, run, same
+from index_arrays import Tensors, coded, run, same
 from random_tables import COLUMNS, Model, models
 
 PAIR = st.permutations(COLUMNS).map(lambda names: names[:2])
@@ -47,7 +47,7 @@ def test_constants_are_written_forward_and_verified_backward(model: Model, pair:
     assert same(start, zero_padded(model, pair[0]))
 
 
-def zero_padded(model: Model, column: str) -> dict:
+def zero_padded(model: Model, column: str) -> Tensors:
     """Coded tensors of `column` with zeros where its layouts hold constants."""
     other = next(name for name in COLUMNS if name != column)
     plain = unpadded(model).plan(other, other)

@@ -98,7 +98,8 @@ def test_what_is_carried_over(tmp_path: Path) -> None:
             {"rope_theta": 1.0, "rope_scaling": {"rope_theta": 1.0}},
             {"rope_theta": 2.0, "rope_scaling": {"rope_theta": 2.0}},
         ),
-        ({"rope_scaling": None}, {"rope_scaling": None, "rope_parameters": {"rope_theta": 2.0}}),
+        ({"rope_scaling": None}, {"rope_scaling": None, "rope_theta": 2.0}),
+        ({"rope_parameters": {}}, {"rope_parameters": {"rope_theta": 2.0}}),
     ],
 )
 def test_a_change_goes_where_the_field_stands(config: dict[str, object], expected: dict[str, object]) -> None:
