@@ -137,14 +137,19 @@ def _terms(expr: Expr) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
             yield sum((names for names, _ in combination), ()), sum((cuts for _, cuts in combination), cut)
 
 
+def ways(expr: Expr) -> list[tuple[frozenset[str], frozenset[str]]]:
+    """For each cell of `expr`, in order of position: the axes that name it, and the mesh dims that cut it."""
+    return [(frozenset(names), frozenset(cuts)) for names, cuts in _terms(expr)]
+
+
 def cells(expr: Expr) -> list[frozenset[str]]:
     """The sets of axes that name the cells of `expr`, in order of position; no sizes needed."""
-    return [frozenset(names) for names, _ in _terms(expr)]
+    return [names for names, _ in ways(expr)]
 
 
 def cuts(expr: Expr) -> frozenset[str]:
     """The mesh dims that cut `expr` anywhere."""
-    return frozenset(cut for _, found in _terms(expr) for cut in found)
+    return frozenset(cut for _, found in ways(expr) for cut in found)
 
 
 def size(expr: Expr, sizes: Mapping[str, int], mesh: Mesh | None = None) -> int:
@@ -232,10 +237,11 @@ def _boxes(expr: Expr, sizes: Mapping[str, int], mesh: Mesh | None) -> list[Box]
             whole += [Box(box.offset + start, box.strides, box.ranges) for box in boxes(part, sizes, mesh)]
             start += size(part, sizes, mesh)
     else:
-        stride = [1]
-        for part in reversed(expr.parts[1:]):
-            stride.append(stride[-1] * size(part, sizes, mesh))
-        scaled = [_scaled(boxes(part, sizes, mesh), by) for part, by in zip(expr.parts, reversed(stride), strict=True)]
+        scaled: list[list[Box]] = []
+        stride = 1
+        for part in reversed(expr.parts):
+            scaled.insert(0, _scaled(boxes(part, sizes, mesh), stride))
+            stride *= size(part, sizes, mesh)
         whole = [_joined(combination) for combination in itertools.product(*scaled)]
     if mesh is None or expr.cut is None:
         return whole

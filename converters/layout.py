@@ -68,6 +68,12 @@ class Layout:
             axes.parse(" ".join(map(str, (*layout.fields, *layout.dims))))
         except LayoutError as error:
             raise LayoutError(f"key and dims of {text!r} together: {error}") from None
+        ways = {cuts for _, cuts in axes.ways(Product((*layout.fields, *layout.dims)))}
+        if len(ways) > 1:
+            raise LayoutError(
+                f"parts of {text!r} are cut over different mesh dims ({' and '.join(sorted(map(_cut_names, ways)))}): "
+                "all of a tensor's elements are cut over the same ones, or a rank would hold some of them as a replica"
+            )
         return layout
 
     def __str__(self) -> str:
@@ -142,3 +148,7 @@ class Layout:
                 ranges |= box.ranges
             out.append(Cell(frozenset(ranges), tuple(at), body, ranges))
         return out
+
+
+def _cut_names(cuts: frozenset[str]) -> str:
+    return ", ".join(sorted(cuts)) or "none"

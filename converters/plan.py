@@ -278,19 +278,19 @@ class Plan:
             for key in layout.keys(self.sizes, mesh)
         }
 
-    def _cells(self, row: Rule, column: str, mesh: Mesh | None, constant: bool) -> list[tuple[Layout, Cell]]:
+    def _cells(self, layouts: tuple[Layout, ...], mesh: Mesh | None, constant: bool) -> list[tuple[Layout, Cell]]:
         return [
             (layout, cell)
-            for layout in self._layouts(row, column)
+            for layout in layouts
             for cell in layout.cells(self.sizes, mesh)
             if bool(cell.name & set(self.table.constants)) == constant
         ]
 
     def _constants(self, column: str, mesh: Mesh | None) -> Iterator[Fill]:
         for row in self.rules:
-            if isinstance(row.value, Tie) and row.value.column not in self.table.resolve(column):
+            if isinstance(row.value, Tie) and not self._on(row.value.column, column):
                 continue  # the other side of a tie is another rule's tensor, and that rule fills it
-            for layout, cell in self._cells(row, column, mesh, constant=True):
+            for layout, cell in self._cells(self._layouts(row, column), mesh, constant=True):
                 (marker,) = cell.name & set(self.table.constants)
                 numbered = {axis for box in cell.fields for axis in box.strides}
                 loose = [(axis, range(*cell.ranges[axis])) for axis in sorted(numbered)]
@@ -301,17 +301,39 @@ class Plan:
                     constant = self.table.constants[marker].value
                     yield Fill(region, shape, constant, row.name, layout.replica(mesh))
 
+    def _on(self, column: str, side: str) -> bool:
+        """Whether the side `side` of this plan is `column`, or shares its layouts."""
+        return column in self.table.resolve(side)
+
     def _copies(self, row: Rule) -> Iterator[Copy]:
-        kind: Kind = "move"
-        shift = 0.0
+        sources, targets = self._layouts(row, self.source), self._layouts(row, self.target)
         if isinstance(row.value, Tie):
-            kind = "tie" if row.value.column in self.table.resolve(self.target) else "verify"
+            # The second copy is made from where the first is, and held against where the first goes.
+            first = self.table.first_copy(row)
+            if self._on(row.value.column, self.target):
+                yield from self._pairs(row.name, self._layouts(first, self.source), targets, kind="tie")
+            if self._on(row.value.column, self.source):
+                yield from self._pairs(row.name, sources, self._layouts(first, self.target), kind="verify")
         elif isinstance(row.value, Shift):
-            shift = row.value.by if row.value.column in self.table.resolve(self.target) else -row.value.by
+            stored = [row.value.by * self._on(row.value.column, side) for side in (self.target, self.source)]
+            yield from self._pairs(row.name, sources, targets, shift=stored[0] - stored[1])
+        else:
+            yield from self._pairs(row.name, sources, targets)
+
+    def _pairs(
+        self,
+        rule: str,
+        source_layouts: tuple[Layout, ...],
+        target_layouts: tuple[Layout, ...],
+        *,
+        kind: Kind = "move",
+        shift: float = 0.0,
+    ) -> Iterator[Copy]:
+        """The copies between all cells of equal names."""
         sources: dict[frozenset[str], list[tuple[Layout, Cell]]] = {}
-        for layout, cell in self._cells(row, self.source, self.source_mesh, constant=False):
+        for layout, cell in self._cells(source_layouts, self.source_mesh, constant=False):
             sources.setdefault(cell.name, []).append((layout, cell))
-        for into, target in self._cells(row, self.target, self.target_mesh, constant=False):
+        for into, target in self._cells(target_layouts, self.target_mesh, constant=False):
             for out_of, source in sources.get(target.name, ()):
                 ranges = _intersection(source.ranges, target.ranges)
                 if ranges is None:
@@ -327,7 +349,7 @@ class Plan:
                         Region(_key(into, target, at), _offset(target.tensor, ranges, at), written),
                         shape,
                         names,
-                        row.name,
+                        rule,
                         kind,
                         shift,
                         *replicas,

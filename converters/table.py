@@ -14,7 +14,7 @@ from converters.axes import Axis, Product, Sum
 from converters.errors import LayoutError, TableError, listing
 from converters.layout import Layout
 from converters.plan import Plan
-from converters.values import Constant, Drop, Value
+from converters.values import Constant, Drop, Tie, Value
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ class Table:
     def __post_init__(self) -> None:
         declared = {name for text in self.sizes.values() for cell in axes.cells(self._expr(text)) for name in cell}
         known = declared | set(self.branches) | set(self.constants)
-        problems: list[str] = []
+        problems = [
+            f"column {column!r} falls back to {nearest!r}, which is no column"
+            for column, nearest in self.columns.items()
+            if nearest is not None and nearest not in self.columns
+        ]
         for row in self.rules:
             features = {name.removeprefix("!") for name in row.when}
             used = {name for layouts in row.columns.values() for lay in layouts for cell in lay.names for name in cell}
@@ -107,6 +111,11 @@ class Table:
         for column, layouts in row.columns.items():
             found = [cell for lay in layouts for cell in lay.names if not cell & set(self.constants)]
             cells[column] = frozenset(found)
+            marked = {cell for lay in layouts for cell in lay.names if len(cell & set(self.constants)) > 1}
+            problems += [
+                f"rule {row.name!r}, column {column!r}: cell {cell} holds more than one constant"
+                for cell in sorted(map(_show, marked))
+            ]
             twice = sorted({_show(cell) for cell in found if found.count(cell) > 1})
             problems += [f"rule {row.name!r}, column {column!r}: cell {cell} occurs twice" for cell in twice]
         first, *rest = cells or {"": frozenset()}
@@ -143,6 +152,19 @@ class Table:
             chain.append(nearest)
             nearest = self.columns[nearest]
         return chain
+
+    def first_copy(self, tie: Rule) -> Rule:
+        """The rule that places the elements of which `tie` states a second copy: away from it, they lie alike.
+
+        Raises:
+            TableError: There is none.
+        """
+        assert isinstance(tie.value, Tie)
+        for row in self.rules:
+            away = [column for column in tie.columns if column != tie.value.column]
+            if row.value is None and away and all(row.columns.get(c) == tie.columns[c] for c in away):
+                return row
+        raise TableError(f"rule {tie.name!r} ties elements that no other rule of {self.family!r} places")
 
     def solve(self, quantities: Mapping[str, int]) -> dict[str, int]:
         """The size of every axis, from the quantities of a config.
@@ -210,7 +232,8 @@ def _solve_one(name: str, quantity: int, expr: Product | Sum | Axis, known: list
     else:
         for factor in known:
             total *= factor
-        rest, fits = divmod(quantity, total)[0], quantity % total == 0
+        fits = total > 0 and quantity % total == 0
+        rest = quantity // total if fits else 0
     if not fits or (not unknown and quantity != total):
         raise LayoutError(f"{name}={quantity} does not fit '{expr}', whose other parts make {total}")
     return rest

@@ -44,6 +44,11 @@ class Strided:
         return self.run + sum(stride * (count - 1) for stride, count in self.dims)
 
     @property
+    def repeats_in_place(self) -> bool:
+        """Whether its narrowest stride is zero."""
+        return bool(self.dims) and self.dims[-1][0] == 0
+
+    @property
     def stop(self) -> int:
         """One past the last element."""
         return self.start + self.span
@@ -77,6 +82,12 @@ def faults(boxes: Iterable[Strided], size: int) -> list[Fault]:
 
 
 def _faults(boxes: list[Strided], start: int, stop: int) -> list[Fault]:
+    # A stride of zero writes the same elements again: so many boxes in the same place.
+    boxes = [
+        once
+        for box in boxes
+        for once in ([Strided(box.start, box.run, box.dims[:-1])] * box.dims[-1][1] if box.repeats_in_place else [box])
+    ]
     out: list[Fault] = []
     reached = start
     for cluster in _clusters(boxes):

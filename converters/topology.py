@@ -92,6 +92,9 @@ class Topology:
         for name in ("tp", "pp", "vpp", "cp", "ep", "dp", "expert_tp"):
             if getattr(self, name) < 1:
                 raise TopologyError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise TopologyError(f"{name} must be at least 1 where it is set, found {getattr(self, name)}")
         if self.vpp > 1 and self.pp == 1:
             raise TopologyError(f"vpp={self.vpp} needs pp of at least 2: with one stage there is nothing to interleave")
         if self.sp and self.tp == 1:

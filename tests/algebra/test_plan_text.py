@@ -89,6 +89,9 @@ def test_a_restriction_keeps_the_side_it_does_not_name() -> None:
     (copy,) = both.copies
     assert isinstance(copy, Copy)
     assert (copy.source.offset, copy.target.offset, copy.elements, copy.source_replica) == (12, 0, 8, True)
+    assert both.inverse().inverse() == both
+    onto = toy().restrict(target=mesh).inverse()
+    assert (onto.source_mesh, onto.target_mesh, onto.target_tensors) == (mesh, None, {"w": (5, 4)})
     assert [(fill.region.offset, fill.elements) for fill in both.fills] == [(8, 4)]
 
 

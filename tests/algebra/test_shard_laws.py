@@ -110,7 +110,7 @@ def test_exactly_one_rank_of_equals_is_no_replica(case: tuple[Topology, Model]) 
     for rule in model.table.rules:
         for column in COLUMNS:
             for layout in rule.columns[column]:
-                firsts: dict[tuple, int] = {}
+                firsts: dict[tuple[int, ...], int] = {}
                 for coord in topology.shards():
                     mesh = Mesh(topology, coord)
                     if layout.held(mesh):
