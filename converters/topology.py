@@ -223,8 +223,8 @@ class Topology:
         for embedding, loss in counts:
             candidate = replace(self, count_embedding=embedding, count_loss=loss)
             try:
-                if all(chunk.stop >= chunk.start for chunk in candidate.placement(layers)):
-                    return candidate
+                candidate.placement(layers)
+                return candidate
             except TopologyError as error:
                 first = first or error
         assert first is not None
