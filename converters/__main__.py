@@ -7,8 +7,9 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.errors import ConversionError, PlanError
 from converters.models import Family, family_of
@@ -18,6 +19,7 @@ from converters.sources import read_config
 from converters.topology import Mesh, Topology
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+T = TypeVar("T")
 COLUMNS = ("hf", "megatron", "megatron_local")
 
 
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         mesh.add_argument("--account-for-embedding", action="store_true", help="count the embedding as a layer")
         mesh.add_argument("--account-for-loss", action="store_true", help="count the output layer as a layer")
         mesh.add_argument(
-            "--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="of each rank's part"
+            "--make-vocab-size-divisible-by", type=_positive, default=1, metavar="N", help="of each rank's part"
         )
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="print the proof as JSON")
@@ -70,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--rank", type=int, help="as held by this global rank (default: whole tensors)")
             sub.add_argument("--chunk", type=int, default=0, help="model chunk of that rank")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
 
 
 def _compiled(options: argparse.Namespace) -> tuple[dict[str, Any], Family, Topology, Plan]:
@@ -89,7 +98,9 @@ def _compiled(options: argparse.Namespace) -> tuple[dict[str, Any], Family, Topo
     ).evenly(hf["num_hidden_layers"])
     multiple = options.make_vocab_size_divisible_by * options.tp
     padded = math.ceil(hf["vocab_size"] / multiple) * multiple
-    return dict(hf), family, topology, family.plan(options.source, options.to, config, padded_vocab_size=padded)
+    groups = topology.query_groups(hf["num_key_value_heads"], hf["num_attention_heads"] // hf["num_key_value_heads"])
+    plan = family.plan(options.source, options.to, config, padded_vocab_size=padded, padded_query_groups=groups)
+    return dict(hf), family, topology, plan
 
 
 def _sides(options: argparse.Namespace, topology: Topology) -> dict[str, Topology]:
@@ -99,6 +110,8 @@ def _sides(options: argparse.Namespace, topology: Topology) -> dict[str, Topolog
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.source == options.to == "hf":
+        raise ConversionError("--from hf --to hf moves nothing: there is one layout of it")
     hf, _, topology, plan = _compiled(options)
     proof = plan.prove(**_sides(options, topology))
     placement = _placement(options, topology, hf["num_hidden_layers"])
@@ -108,13 +121,14 @@ def _plan(options: argparse.Namespace) -> int:
             "model": options.model,
             "topology": str(topology),
             "placement": placement,
+            "ghost_query_groups": plan.sizes["ghost"],
             "dtype": hf["dtype"],
             "bytes": proof.elements * itemsize,
             "rank_bytes": [count * itemsize for count in proof.rank_elements],
         }
         print(json.dumps(account, indent=2))
     else:
-        _print(options.model, hf, topology, placement, proof, itemsize)
+        _print(options.model, hf, topology, placement, plan.sizes["ghost"], proof, itemsize)
     return 0 if proof.holds else 1
 
 
@@ -135,7 +149,9 @@ def _placement(options: argparse.Namespace, topology: Topology, layers: int) -> 
     return text
 
 
-def _print(model: str, hf: dict[str, Any], topology: Topology, placement: str, proof: Proof, itemsize: int) -> None:
+def _print(
+    model: str, hf: dict[str, Any], topology: Topology, placement: str, ghosts: int, proof: Proof, itemsize: int
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -145,6 +161,9 @@ def _print(model: str, hf: dict[str, Any], topology: Topology, placement: str, p
     table.add_row("model", f"{model}, {proof.elements:,} parameters, {hf['dtype']}")
     table.add_row("ranks", f"{topology.world_size} ({topology})")
     table.add_row("placement", placement)
+    if ghosts:
+        many = "group of zeros is" if ghosts == 1 else "groups of zeros are"
+        table.add_row("heads", f"they do not divide over tp={topology.tp}: {ghosts} key-value {many} added (exact)")
     table.add_row("tensors", f"{proof.source_tensors:,} {proof.source} -> {proof.target_tensors:,} {proof.target}")
     low, high = min(proof.rank_elements) * itemsize, max(proof.rank_elements) * itemsize
     table.add_row("bytes a rank", f"{low:,}" if low == high else f"{low:,} to {high:,}")
@@ -153,12 +172,13 @@ def _print(model: str, hf: dict[str, Any], topology: Topology, placement: str, p
         ("constants", proof.constants, "constant elements, verified"),
         ("tied", proof.tied, "elements, a second copy"),
     ):
-        for key, count in found.items():
-            if count:
-                table.add_row(name, f"{key}: {count:,} {what}")
+        for key, counts in _alike(found).items():
+            each = f"{len(counts)} x " if len(counts) > 1 and len(set(counts)) == 1 else ""
+            if sum(counts):
+                table.add_row(name, f"{key}: {each}{counts[0] if each else sum(counts):,} {what}")
     for name, reasons in (("dropped", proof.dropped), ("not made", proof.lost)):
-        for key, reason in reasons.items():
-            table.add_row(name, f"{key}: {reason}")
+        for key, why in _alike(reasons).items():
+            table.add_row(name, f"{key}: {why[0]}" + (f" ({len(why)} tensors)" if len(why) > 1 else ""))
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
     console.print(table)
     if proof.holds:
@@ -172,9 +192,17 @@ def _print(model: str, hf: dict[str, Any], topology: Topology, placement: str, p
             console.print(f"  {fault}", markup=False)
 
 
+def _alike(found: Mapping[str, T]) -> dict[str, list[T]]:
+    """The values of keys that differ in numbers only, by the key with a star for each number."""
+    grouped: dict[str, list[T]] = {}
+    for key, value in found.items():
+        grouped.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key), []).append(value)
+    return grouped
+
+
 def _explain(options: argparse.Namespace) -> int:
     _, _, topology, plan = _compiled(options)
-    match = re.fullmatch(r"(?P<key>[^\[\]]+)(?:\[(?P<index>[\d,\s]+)\])?", options.key)
+    match = re.fullmatch(r"(?P<key>[^\[\]]+)(?:\[(?P<index>\d+(?:\s*,\s*\d+)*)\])?", options.key)
     if match is None:
         raise ConversionError(f"expected KEY or KEY[i, j], found {options.key!r}")
     if options.rank is not None:

@@ -13,24 +13,32 @@ from typing import Any
 
 from converters.errors import CheckpointError
 
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenizer*")
-NOT_CARRIED = ("*.safetensors.index.json", "*.bin.index.json", "config.json", "*.gguf")
+NOT_CARRIED = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+"""Weights in any format, and pickles."""
+NOT_ENTERED = ("original", "onnx")
+"""Folders with the same weights in another format."""
 
 
 def carried(folder: Path, *, code: bool = False) -> list[Path]:
-    """The files that an export takes over byte for byte: tokenizer, generation config, chat template, licence.
+    """The files that an export takes over byte for byte: tokenizer, generation config, chat templates, licence, ...
+
+    That is every file but weights, pickles, code, hidden files, and the config, which is written by itself.
 
     Args:
         folder: The source checkpoint.
         code: Take Python files too (the user trusts them).
+
+    Returns:
+        Paths relative to `folder`.
     """
-    patterns = CARRIED + (("*.py",) if code else ())
+    patterns = NOT_CARRIED if code else (*NOT_CARRIED, "*.py")
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [
         path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and any(fnmatch(path.name, pattern) for pattern in patterns)
-        and not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED)
+        for path in found
+        if path != Path("config.json")
+        and not any(fnmatch(path.name, pattern) for pattern in patterns)
+        and not any(part.startswith(".") or part in NOT_ENTERED for part in path.parts)
     ]
 
 
@@ -74,6 +82,10 @@ def begin(target: Path, *, overwrite: bool = False) -> Path:
     Raises:
         CheckpointError: `target` exists and may not be replaced, or its parent cannot be written.
     """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise CheckpointError(
+            f"{target} is a {'link' if target.is_symlink() else 'file'}, expected a folder or nothing"
+        )
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already; choose another folder, or allow it to be replaced (overwrite)")
     try:
@@ -85,7 +97,7 @@ def begin(target: Path, *, overwrite: bool = False) -> Path:
 
 def commit(partial: Path, target: Path) -> None:
     """Put a finished folder in its place: its files and itself on disk first, the rename last."""
-    for path in (*partial.iterdir(), partial):
+    for path in (*partial.rglob("*"), partial):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -94,11 +106,12 @@ def commit(partial: Path, target: Path) -> None:
     partial.chmod(0o755)
     if target.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
-        target.rename(aside / target.name)
         try:
+            target.rename(aside / target.name)
             partial.rename(target)
         except BaseException:
-            (aside / target.name).rename(target)
+            if (aside / target.name).exists():
+                (aside / target.name).rename(target)
             aside.rmdir()
             raise
         shutil.rmtree(aside)

@@ -7,6 +7,7 @@ files of the export and writes its part of them, or, for streaming, contributes 
 from __future__ import annotations
 
 import dataclasses
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -209,8 +210,8 @@ class AutoBridge:
     ) -> None:
         """Write a Hugging Face folder: weights, config, and every other file of the source byte for byte. Collective.
 
-        The folder appears when it is complete, or not at all. All ranks must see the same file system. Files and the
-        order of tensors follow the source checkpoint.
+        The folder appears when it is complete, or not at all. Ranks map the same files, so they must be of one machine;
+        across machines, write what `export_hf_weights` yields. Files and the order of tensors follow the source.
 
         Args:
             model: This rank's model chunks.
@@ -222,7 +223,7 @@ class AutoBridge:
             CheckpointError: The target exists, or a value that must be equal is not.
             ConfigError: The provider computes something that a Hugging Face config cannot say.
         """
-        target = Path(path)
+        target = Path(path).absolute()
         parts = self._parts(model, padding)
         whole = self.plan(_config_of(model)).inverse()
         dtypes = _dtypes(parts)
@@ -248,7 +249,8 @@ class AutoBridge:
             (partial / "config.json").write_bytes(text)
             if self.source.folder is not None:
                 for file in artefacts.carried(self.source.folder, code=self.trust_remote_code):
-                    shutil.copyfile(file, partial / file.name)
+                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self.source.folder / file, partial / file)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
@@ -259,12 +261,16 @@ class AutoBridge:
 
     def _write(self, partial: Path, files: list[safetensors.FileLayout], parts: list[tuple[Plan, ModuleStore]]) -> None:
         faults: list[str] = []
-        mapped = safetensors.MappedFiles(partial, files)
-        for plan, store in parts:
-            for copy in plan.copies:
-                if copy.kind != "verify" and not copy.source_replica:
-                    execute.apply(copy, store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key))
-        collective.agree([])  # every part is in place
+        try:
+            mapped = safetensors.MappedFiles(partial, files)
+            for plan, store in parts:
+                for copy in plan.copies:
+                    if copy.kind != "verify" and not copy.source_replica:
+                        execute.apply(copy, store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key))
+        except (OSError, RuntimeError) as error:
+            # The others are about to wait for this rank: it tells them, rather than leave.
+            faults.append(f"rank {collective.rank()} on {platform.node()} cannot write {partial}: {error}")
+        collective.agree(faults)  # and every part is in place
         for plan, store in parts:
             for copy in plan.copies:
                 if copy.kind == "verify":
@@ -300,17 +306,17 @@ class AutoBridge:
         parts = []
         faults: list[str] = []
         for chunk, mesh in zip(_bare(model), _meshes(provider), strict=True):
-            plan, store = whole.restrict(source=mesh), ModuleStore(chunk)
             try:
+                plan, store = whole.restrict(source=mesh), ModuleStore(chunk)
                 execute.check_tensors(plan.source_tensors, store.tensors(), f"the model at {mesh.coord}")
                 if padding == "verify":
                     faults += [
                         f"{fault}; if training changed it, export with padding='drop'"
                         for fault in execute.constant_faults(plan.constants, store.tensor)
                     ]
-            except CheckpointError as error:
-                faults.append(str(error))
-            parts.append((plan, store))
+                parts.append((plan, store))
+            except ConversionError as error:
+                faults.append(f"{mesh.coord}: {error}")
         collective.agree(faults)
         return parts
 

@@ -51,6 +51,9 @@ def on_first(step: Callable[[], T]) -> T:
             outcome[0] = step()
         except (ConversionError, OSError) as error:
             outcome[1] = error
+        except Exception as error:
+            # Whatever it is, the others wait for word of it; and it may not be made to travel.
+            outcome[1] = ConversionError(f"{type(error).__name__} on rank 0: {error}")
     if several():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

@@ -104,6 +104,8 @@ class FieldTable:
                 problems.append(f"{known.name} is spelled twice and differently: {spelled}")
             if spelled:
                 found[known.name] = next(iter(spelled.values()))
+                if type(known.default) in (int, float, bool) and not _like(found[known.name], known.default):
+                    problems.append(f"{known.name}={found[known.name]!r}, expected a {type(known.default).__name__}")
             elif known.default is ABSENT:
                 problems.append(f"{known.name} is missing (expected at {' or '.join(known.paths)})")
             else:
@@ -111,7 +113,7 @@ class FieldTable:
         for name, default in defaulted.items():
             try:
                 defaulted[name] = found[name] = _default(default, {**defaulted, **found})
-            except ConfigError as error:
+            except (ConfigError, TypeError, ZeroDivisionError) as error:
                 problems.append(f"{name}: {error}")
         consumed = {path for known in self.fields for path in known.paths}
         dropped = [row for row in self.rows if isinstance(row, Dropped) and row.side == "hf"]
@@ -204,6 +206,12 @@ class FieldTable:
                 sides["hf"] |= entry.hf
                 sides["megatron"] |= entry.megatron
         return Ledger(entries=tuple(entries), **{**sides, **given})
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's type; a whole number is a float as well, a bool is no number."""
+    wanted = (int, float) if isinstance(default, float) else type(default)
+    return isinstance(value, wanted) and isinstance(value, bool) == isinstance(default, bool)
 
 
 def _default(default: Any, known: Config) -> Any:

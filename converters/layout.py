@@ -68,6 +68,11 @@ class Layout:
             axes.parse(" ".join(map(str, (*layout.fields, *layout.dims))))
         except LayoutError as error:
             raise LayoutError(f"key and dims of {text!r} together: {error}") from None
+        if layout.cuts & {"tp", "cp", "dp"} and layout.cuts & {"ep", "etp"}:
+            raise LayoutError(
+                f"{text!r} is cut over {_cut_names(layout.cuts)}: /ep and /etp see the ranks as experts do, /tp, /cp "
+                "and /dp as the rest does, and one tensor can be cut in one of the two views only"
+            )
         ways = {cuts for _, cuts in axes.ways(Product((*layout.fields, *layout.dims)))}
         if len(ways) > 1:
             raise LayoutError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -162,8 +162,7 @@ class Plan:
     @cached_property
     def target_tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is written."""
-        dropped = {row.name for row in self.rules if isinstance(row.value, Drop)}
-        return self._tensors(self.target, self.target_mesh, without=dropped)
+        return self._tensors(self.target, self.target_mesh, dropped=False)
 
     @cached_property
     def drops(self) -> dict[str, str]:
@@ -269,11 +268,11 @@ class Plan:
                 return row.columns[name]
         return ()
 
-    def _tensors(self, column: str, mesh: Mesh | None, without: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+    def _tensors(self, column: str, mesh: Mesh | None, dropped: bool = True) -> dict[str, tuple[int, ...]]:
         return {
             key: layout.shape(self.sizes, mesh)
             for row in self.rules
-            if row.name not in without
+            if dropped or not isinstance(row.value, Drop)
             for layout in self._layouts(row, column)
             for key in layout.keys(self.sizes, mesh)
         }

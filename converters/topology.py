@@ -104,6 +104,11 @@ class Topology:
             raise TopologyError(
                 "layers per first or last stage cannot be combined with counting the embedding or the loss as a layer"
             )
+        if None not in (self.first_stage_layers, self.last_stage_layers) and self.pp == 2 and self.vpp > 1:
+            raise TopologyError(
+                "layers per first and last stage need a stage between them under interleaving: Megatron-Core divides "
+                "by their number. Set one of the two"
+            )
         if uneven and self.pp == 1:
             raise TopologyError("layers per first or last stage need pp of at least 2")
         if (self.tp * self.cp * self.dp) % (self.expert_tp * self.ep):

@@ -21,6 +21,8 @@ from parity.probes import Probe
 from parity.statement import expected_shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NOT_COMPARED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".py"}
+"""Suffixes of weights in any format, of pickles, and of code, which only a trusted model carries over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ def megatron(
     else:
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     bridge = AutoBridge.from_hf_pretrained(folder)
-    provider = bridge.to_megatron_provider(load_weights=load, cast=precision != "fp32")
+    # The case's precision was asked for: a checkpoint in another dtype is cast, and held against torch's own cast.
+    provider = bridge.to_megatron_provider(load_weights=load, cast=True)
     provider.tensor_model_parallel_size = topology.tp
     provider.pipeline_model_parallel_size = topology.pp
     provider.virtual_pipeline_model_parallel_size = topology.vpp if topology.vpp > 1 else None
@@ -77,7 +80,6 @@ def megatron(
     provider.account_for_loss_in_pipeline_split = topology.count_loss
     provider.pad_query_groups()
     provider.params_dtype = DTYPES[precision]
-    provider.bf16, provider.fp16 = precision == "bf16", False
     return bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)
 
 
@@ -181,23 +183,42 @@ def compare_folders(folder: Path, target: Path, dtype: torch.dtype) -> tuple[int
     differing += [f"{key}: new" for key in sorted(set(after) - set(before))]
     for key in sorted(set(before) & set(after)):
         differing += _differences(key, after[key], before[key].to(dtype), None)
-    kept = before and next(iter(before.values())).dtype == dtype
+    kept = all(tensor.dtype == dtype for tensor in before.values())
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".md", ".lock"))
+        path
+        for path in files
+        if path.suffix not in NOT_COMPARED
+        and not path.name.endswith(".index.json")
+        and not any(part.startswith(".") or part in ("original", "onnx") for part in path.parts)
     ]
     for name in files:
-        if name == "config.json" and not kept:
-            old, new = (json.loads((at / name).read_text()) for at in (folder, target))
-            dtypes = {field: new.pop(field, None) for field in ("dtype", "torch_dtype")}
-            if {field: old.pop(field, None) and None for field in dtypes} and old != new:
-                differing.append("config.json: fields besides dtype differ")
-            if str(dtype).removeprefix("torch.") not in dtypes.values():
-                differing.append(f"config.json: says {dtypes}, the tensors are {dtype}")
-        elif not (target / name).is_file() or (folder / name).read_bytes() != (target / name).read_bytes():
+        if not (target / name).is_file():
+            differing.append(f"{name}: missing")
+        elif (folder / name).read_bytes() == (target / name).read_bytes():
+            continue
+        elif str(name) != "config.json":
             differing.append(f"{name}: not the same bytes")
+        else:
+            differing += _config_differences(folder / name, target / name, None if kept else dtype)
     return len(before) + len(files), differing
+
+
+def _config_differences(before: Path, after: Path, dtype: torch.dtype | None) -> list[str]:
+    """The fields of two configs that differ; with `dtype`, the one that records it must say so."""
+    old, new = (json.loads(path.read_text()) for path in (before, after))
+    if dtype is not None:
+        said = {new.pop(name) for name in ("dtype", "torch_dtype") if name in new}
+        for name in ("dtype", "torch_dtype"):
+            old.pop(name, None)
+        if said != {str(dtype).removeprefix("torch.")}:
+            return [f"config.json: the tensors are {dtype}, its dtype says {said or 'nothing'}"]
+        if old == new:
+            return []
+    fields = [name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name)]
+    return [f"config.json: {name} was {old.get(name)!r} and is {new.get(name)!r}" for name in fields] or [
+        "config.json: not the same bytes"
+    ]
 
 
 def _misplaced(model: Any, topology: Topology, place: Coord) -> list[str]:
@@ -233,9 +254,12 @@ def _filled(bridge: AutoBridge) -> Mapping[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, mapped."""
+    """Every tensor of a checkpoint, mapped: of the files that its index names, or of its one file."""
+    index = folder / "model.safetensors.index.json"
+    single = ["model.safetensors"]
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else single
     out: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (folder / name for name in files):
         handle = safe_open(file, framework="pt")
         out |= {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  # not a mapping
     return out

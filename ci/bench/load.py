@@ -73,8 +73,8 @@ def main() -> None:
                 mib = {name: took[name] / 2**20 for name in ("held", "largest", "above")}
                 print(
                     f"{run}, rank {rank}: {mib['held']:.0f} MiB of parameters (largest {mib['largest']:.0f}) loaded in "
-                    f"{took['seconds']:.2f} s; copying them in memory takes {took['copy']:.2f} s; peak anonymous memory "
-                    f"above the model {mib['above']:.1f} MiB"
+                    f"{took['seconds']:.2f} s; copying them in memory takes {took['copy']:.2f} s; peak anonymous "
+                    f"memory above the model {mib['above']:.1f} MiB"
                 )
 
 

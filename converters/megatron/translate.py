@@ -19,6 +19,8 @@ def provider_for(fields: Mapping[str, Any]) -> GPTModelProvider:
     values = dict(fields)
     values["activation_func"] = ACTIVATIONS[values["activation_func"]]
     values["params_dtype"] = getattr(torch, values["params_dtype"])
+    # `finalize` sets the flags from the dtype, so that a user who changes the dtype need not know of them.
+    del values["bf16"], values["fp16"]
     values["seq_length"] = values["max_position_embeddings"]
     return GPTModelProvider(**values)
 

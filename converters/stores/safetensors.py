@@ -96,6 +96,10 @@ class SafetensorsFolder:
 def _files(folder: Path) -> dict[str, set[str] | None]:
     """The files of a checkpoint, and the keys that an index promises in each (`None` without an index)."""
     index = folder / INDEX
+    if index.is_file() and (folder / SINGLE).is_file() and f'"{SINGLE}"' not in index.read_text(errors="replace"):
+        raise CheckpointError(
+            f"{folder}: holds both {SINGLE} and {INDEX}, and transformers reads the first; remove the one that is stale"
+        )
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return {SINGLE: None}

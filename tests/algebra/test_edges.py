@@ -11,7 +11,7 @@ from converters.layout import Layout
 from converters.table import Table, rule
 from converters.tiling import faults, strided
 from converters.topology import Topology
-from converters.values import Constant, Shift, Tie
+from converters.values import Constant, Drop, Shift, Tie
 
 SHIFTED = Table(
     family="shifted",
@@ -112,3 +112,26 @@ def test_a_tie_to_nothing_is_refused() -> None:
 def test_a_fallback_that_is_no_column_is_refused() -> None:
     with pytest.raises(TableError, match="'te'"):
         Table(family="t", columns={"a": "te"}, sizes={}, branches=(), rules=())
+
+
+def test_a_tensor_is_cut_in_one_view_of_the_ranks() -> None:
+    with pytest.raises(LayoutError, match="cut over ep, tp"):
+        Layout.parse("w: e/ep n/tp")
+
+
+def test_interleaving_needs_a_stage_between_uneven_ends() -> None:
+    with pytest.raises(TopologyError, match="a stage between them"):
+        Topology(pp=2, vpp=2, first_stage_layers=2, last_stage_layers=4)
+
+
+def test_rules_of_one_name_are_told_apart() -> None:
+    table = Table(
+        family="t",
+        columns={"a": None, "b": None},
+        sizes={"n": "n"},
+        branches=(),
+        rules=(rule("w", a="x: n", b="y: n"), rule("w", value=Drop("a", "unused"), a="z: n")),
+    )
+    there = table.plan("a", "b", sizes={"n": 2}, features=frozenset())
+    assert list(there.target_tensors) == ["y"]
+    assert list(there.inverse().target_tensors) == ["x"]

@@ -84,6 +84,7 @@ def test_cuts_and_replicas() -> None:
         ("w.{}: a", "empty braces in key 'w.{}'"),
         ("w.{layer}: layer a", "key and dims of 'w.{layer}: layer a' together: axis 'layer' occurs twice"),
         ("w.{layer/tp}: a/tp", "key and dims of 'w.{layer/tp}: a/tp' together: mesh dim 'tp' occurs twice"),
+        ("w: [(x n/tp) (y m)]", "are cut over different mesh dims (none and tp): all of a tensor's elements"),
         ("w.{(layer}: a", "'(' is never closed in a layout:\n  (layer\n  ^"),
         ("w: (a", "'(' is never closed in a layout:\n   (a\n   ^"),
     ],

@@ -16,6 +16,7 @@ COUNTED = ((False, False), (True, False), (False, True), (True, True))
 GRID = [
     Topology(pp=pp, vpp=vpp, first_stage_layers=first, last_stage_layers=last, count_embedding=emb, count_loss=loss)
     for (pp, vpp), (first, last), (emb, loss) in itertools.product(STAGES, UNEVEN, COUNTED)
+    if not (pp == 2 and vpp > 1 and None not in (first, last))  # refused: Megatron-Core divides by zero there
     if (first is None and last is None) or (pp > 1 and not emb and not loss)
 ]
 LAYERS = range(1, 25)
@@ -72,8 +73,7 @@ def test_the_placement_is_what_megatron_core_computes() -> None:
     compared = 0
     for topology, layers in itertools.product(GRID, LAYERS):
         found = placed(topology, layers)
-        both = topology.first_stage_layers is not None and topology.last_stage_layers is not None
-        if found is None or (both and topology.pp == 2 and topology.vpp > 1):  # the latter divides by zero in Megatron
+        if found is None:
             continue
         config = SimpleNamespace(
             num_layers=layers,

@@ -17,7 +17,7 @@ def table(*rules: Rule, **fields: Any) -> Table:
         "columns": {"hf": None, "megatron": None, "local": "megatron"},
         "sizes": {"hidden": "h", "ffn": "f", "heads": "(g r)", "groups": "g", "padded": "[v pad]", "vocab": "v"},
         "branches": ("x", "y"),
-        "constants": {"zero": Constant(0.0)},
+        "constants": {"zero": Constant(0.0), "one": Constant(1.0)},
         "features": frozenset({"tied", "bias"}),
     }
     return Table(**{**defaults, **fields, "rules": rules})
@@ -34,6 +34,10 @@ GOOD = rule("w", hf=("a: (x h)", "b: (y f)"), megatron="ab: [(x h) (y f)]")
         (rule("w", hf="a: hh", megatron="b: hh"), "rule 'w': unknown axis 'hh'"),
         (rule("w", when="!tiedd", hf="a: h", megatron="b: h"), "rule 'w': unknown feature 'tiedd'"),
         (rule("w", hf=("a: h", "b: h"), megatron="c: h"), "rule 'w', column 'hf': cell {h} occurs twice"),
+        (
+            rule("w", hf="a: v h", megatron="b: [v (zero pad)] [h (one f)]"),
+            "rule 'w', column 'megatron': cell {f one pad zero} holds more than one constant",
+        ),
         (
             rule("w", value=Drop("hf", "why"), hf="a: h", megatron="b: h"),
             "rule 'w' drops 'hf' but has column 'megatron'",
@@ -108,7 +112,7 @@ QUANTITIES = {"hidden": 8, "ffn": 5, "heads": 6, "groups": 2, "padded": 12, "voc
 
 def test_axes_are_solved_from_products_and_sums() -> None:
     assert table(GOOD).solve(QUANTITIES) == {
-        **{"x": 1, "y": 1, "zero": 1},
+        **{"x": 1, "y": 1, "zero": 1, "one": 1},
         **{"h": 8, "f": 5, "g": 2, "r": 3, "v": 11, "pad": 1},
     }
 
@@ -149,3 +153,8 @@ def test_quantities_that_leave_an_axis_open_are_named(undetermined: dict[str, st
 def test_the_tied_side_of_a_rule_must_be_a_column() -> None:
     with pytest.raises(TableError, match="unknown column 'te'"):
         table(rule("w", value=Tie("te"), hf="a: h", megatron="b: h"))
+
+
+def test_a_fallback_must_be_a_column() -> None:
+    with pytest.raises(TableError, match="column 'hf' falls back to 'te', which is no column"):
+        table(columns={"hf": "te"})
