@@ -1,4 +1,4 @@
-"""One zygote with torch for all tests here, and the check that no test leaves a process or a file."""
+"""One zygote with torch for the tests of a module, and the check that no test leaves a process or a file."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if "torchinductor" not in str(path)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which everything temporary is made."""
+    """The folder in which everything temporary is made, for this module only."""
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
@@ -44,7 +44,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert files(folder) == set()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def zygote(temporary: Path) -> Iterator[Zygote]:
     """A zygote that is warm."""
     with Zygote() as zygote:
