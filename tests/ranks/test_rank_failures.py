@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import rank_functions
+from leftovers import descendants
 
-from conftest import descendants
 from parity.rank_failure import oom_kills
 from parity.ranks import RankFailure, Zygote, ZygoteError
 
