@@ -69,15 +69,7 @@ def megatron(
     bridge = AutoBridge.from_hf_pretrained(folder)
     # The case's precision was asked for: a checkpoint in another dtype is cast, and held against torch's own cast.
     provider = bridge.to_megatron_provider(load_weights=load, cast=True)
-    provider.tensor_model_parallel_size = topology.tp
-    provider.pipeline_model_parallel_size = topology.pp
-    provider.virtual_pipeline_model_parallel_size = topology.vpp if topology.vpp > 1 else None
-    provider.context_parallel_size = topology.cp
-    provider.sequence_parallel = topology.sp
-    provider.num_layers_in_first_pipeline_stage = topology.first_stage_layers
-    provider.num_layers_in_last_pipeline_stage = topology.last_stage_layers
-    provider.account_for_embedding_in_pipeline_split = topology.count_embedding
-    provider.account_for_loss_in_pipeline_split = topology.count_loss
+    provider.topology = topology
     provider.pad_query_groups()
     provider.params_dtype = DTYPES[precision]
     return bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)

@@ -187,6 +187,20 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
             count_loss=self.account_for_loss_in_pipeline_split,
         )
 
+    @topology.setter
+    def topology(self, mesh: Topology) -> None:
+        self.tensor_model_parallel_size = mesh.tp
+        self.pipeline_model_parallel_size = mesh.pp
+        self.virtual_pipeline_model_parallel_size = mesh.vpp if mesh.vpp > 1 else None
+        self.context_parallel_size = mesh.cp
+        self.expert_model_parallel_size = mesh.ep
+        self.expert_tensor_parallel_size = mesh.etp
+        self.sequence_parallel = mesh.sp
+        self.num_layers_in_first_pipeline_stage = mesh.first_stage_layers
+        self.num_layers_in_last_pipeline_stage = mesh.last_stage_layers
+        self.account_for_embedding_in_pipeline_split = mesh.count_embedding
+        self.account_for_loss_in_pipeline_split = mesh.count_loss
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding over all tensor-parallel ranks.

@@ -28,19 +28,9 @@ def of_bridge(bridge: Any, topology: Topology, precision: str = "fp32", **fields
 
     runtime.install()
     provider = bridge.to_megatron_provider(load_weights=False)
-    settings = {
-        "tensor_model_parallel_size": topology.tp,
-        "pipeline_model_parallel_size": topology.pp,
-        "virtual_pipeline_model_parallel_size": topology.vpp if topology.vpp > 1 else None,
-        "context_parallel_size": topology.cp,
-        "sequence_parallel": topology.sp,
-        "num_layers_in_first_pipeline_stage": topology.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": topology.last_stage_layers,
-        "account_for_embedding_in_pipeline_split": topology.count_embedding,
-        "account_for_loss_in_pipeline_split": topology.count_loss,
-        "params_dtype": PRECISIONS[precision],
-    }
-    for name, value in {**settings, **fields}.items():
+    provider.topology = topology
+    provider.params_dtype = PRECISIONS[precision]
+    for name, value in fields.items():
         setattr(provider, name, value)
     provider.pad_query_groups()
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)

@@ -14,14 +14,7 @@ def provider_of(config: dict[str, Any], topology: Topology, **fields: Any) -> tu
 
     bridge = AutoBridge.from_hf_config(config)
     provider = bridge.to_megatron_provider(load_weights=False)
-    provider.tensor_model_parallel_size = topology.tp
-    provider.pipeline_model_parallel_size = topology.pp
-    provider.virtual_pipeline_model_parallel_size = topology.vpp if topology.vpp > 1 else None
-    provider.sequence_parallel = topology.sp
-    provider.num_layers_in_first_pipeline_stage = topology.first_stage_layers
-    provider.num_layers_in_last_pipeline_stage = topology.last_stage_layers
-    provider.account_for_embedding_in_pipeline_split = topology.count_embedding
-    provider.account_for_loss_in_pipeline_split = topology.count_loss
+    provider.topology = topology
     for name, value in fields.items():
         setattr(provider, name, value)
     provider.pad_query_groups()
