@@ -43,6 +43,7 @@ class Case:
         trust_remote_code: Whether code that comes with the model may run.
         rank_timeout: Seconds that ranks may take over one check.
         ghost_groups: Key-value groups of zeros that it takes for heads to divide over tp.
+        converter: The converter under test, by name (see `parity.converter`).
     """
 
     model: str
@@ -58,6 +59,7 @@ class Case:
     trust_remote_code: bool = False
     rank_timeout: float = 300.0
     ghost_groups: int = 0
+    converter: str = "llama-parity"
 
     @property
     def id(self) -> str:
@@ -117,6 +119,7 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
                 "layers": options.layers,
                 "trust_remote_code": options.trust_remote_code,
                 "rank_timeout": options.rank_timeout,
+                "converter": options.converter,
             }
             reasons: list[str] = []
             try:

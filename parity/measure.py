@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from converters.bridge import AutoBridge
 from converters.execute import bits
 from converters.topology import Coord, Topology
 from parity import coded, observe
+from parity.converter import Converter, Settings, built
 from parity.probes import Probe
 from parity.statement import expected_shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 NOT_COMPARED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".py"}
 """Suffixes of weights in any format, of pickles, and of code, which only a trusted model carries over."""
 
@@ -56,115 +57,130 @@ def references(folder: Path, probe: Probe, precision: str) -> References:
     return References(eager=eager, others=(fused, single), oracle=oracle)
 
 
-def megatron(
-    folder: Path, topology: Topology, precision: str, *, load: bool = True
-) -> tuple[AutoBridge, Any, list[Any]]:
-    """The real model on this rank: bridge, provider, model chunks."""
-    from converters.megatron import runtime
+def loaded(converter: Converter, folder: Path, settings: Settings) -> list[Any]:
+    """This rank's chunks of the model in `folder`, by the converter under test."""
+    _prepare(settings)
+    return list(converter.to_megatron(folder, settings))
+
+
+def _prepare(settings: Settings) -> None:
+    """The device of this rank, and Megatron-Core's parallel state."""
+    from converters.megatron import parallel, runtime
 
     if not torch.cuda.is_available():
         runtime.install()
     else:
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    bridge = AutoBridge.from_hf_pretrained(folder)
-    # The case's precision was asked for: a checkpoint in another dtype is cast, and held against torch's own cast.
-    provider = bridge.to_megatron_provider(load_weights=load, cast=True)
-    provider.topology = topology
-    provider.pad_query_groups()
-    provider.params_dtype = DTYPES[precision]
-    return bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)
+    parallel.initialize(settings.topology)
 
 
-def forward(folder: Path, topology: Topology, precision: str, probe: Probe) -> observe.Observation | None:
+def forward(converter: Converter, folder: Path, settings: Settings, probe: Probe) -> observe.Observation | None:
     """Logits and loss of the imported model; on the rank that has them."""
-    _, provider, chunks = megatron(folder, topology, precision)
-    tokens, labels = torch.from_numpy(probe.tokens), torch.from_numpy(probe.labels)
-    return observe.megatron_logits(chunks, provider, tokens, labels=labels)
+    chunks = loaded(converter, folder, settings)
+    return observe.megatron_logits(
+        chunks,
+        torch.from_numpy(probe.tokens),
+        labels=torch.from_numpy(probe.labels),
+        topology=settings.topology,
+        vocab_size=_config(folder)["vocab_size"],
+    )
 
 
-def imported(folder: Path, topology: Topology, precision: str) -> tuple[int, list[str]]:
-    """Import a coded checkpoint through the product, and compare each parameter with an independent statement.
+def imported(converter: Converter, folder: Path, settings: Settings) -> tuple[int, list[str]]:
+    """Import a coded checkpoint, and compare each parameter with an independent statement.
 
     Returns:
         The number of parameters compared on this rank, and what differs: parameter, element, what it should be and is.
     """
-    from converters.megatron import specs
-    from converters.megatron.provider import unwrap
-
-    bridge, provider, chunks = megatron(folder, topology, precision)
+    chunks = loaded(converter, folder, settings)
     table = _table(folder)
-    expected_of = _read(folder)
     differing: list[str] = []
     count = 0
-    coord = topology.coord(dist.get_rank())
-    for chunk, place in zip(chunks, topology.chunks_of(coord), strict=True):
-        differing += _misplaced(unwrap(chunk), topology, place)
-        stated = expected_shard(
-            expected_of,
-            _filled(bridge),
-            topology,
-            place,
-            padded_query_groups=provider.num_query_groups,
-            spec=specs.resolve(provider.layer_spec),
-        )
-        held = {name: parameter.data.cpu() for name, parameter in unwrap(chunk).named_parameters()}
+    for place, held, stated in _stated(chunks, folder, settings):
+        differing += _misplaced(held.model, settings.topology, place)
         count += len(stated)
-        differing += [f"{place}: {name} is not held" for name in sorted(set(stated) - set(held))]
-        differing += [f"{place}: {name} should not be held" for name in sorted(set(held) - set(stated))]
-        for name in sorted(set(held) & set(stated)):
-            differing += [f"{place}: {line}" for line in _differences(name, held[name], stated[name], table)]
+        differing += [f"{place}: {name} is not held" for name in sorted(set(stated) - set(held.parameters))]
+        differing += [f"{place}: {name} should not be held" for name in sorted(set(held.parameters) - set(stated))]
+        for name in sorted(set(held.parameters) & set(stated)):
+            actual = held.parameters[name].data.cpu()
+            differing += [f"{place}: {line}" for line in _differences(name, actual, stated[name], table)]
     return count, differing
 
 
-def exported(folder: Path, topology: Topology, precision: str) -> tuple[int, list[str]]:
+def exported(converter: Converter, folder: Path, settings: Settings, target: Path) -> tuple[int, list[str]]:
     """Export a model whose parameters are set by the independent statement, and compare with the coded checkpoint.
 
     Returns:
-        As `imported`, for the Hugging Face tensors; only rank 0 compares.
+        Tensors and files compared, and what differs; only rank 0 compares.
     """
-    from converters.megatron import specs
-    from converters.megatron.provider import unwrap
+    from converters.bridge import AutoBridge
 
-    bridge, provider, chunks = megatron(folder, topology, precision, load=False)
-    source = _read(folder)
-    coord = topology.coord(dist.get_rank())
-    for chunk, place in zip(chunks, topology.chunks_of(coord), strict=True):
-        stated = expected_shard(
-            source,
-            _filled(bridge),
-            topology,
-            place,
-            padded_query_groups=provider.num_query_groups,
-            spec=specs.resolve(provider.layer_spec),
-        )
-        for name, parameter in unwrap(chunk).named_parameters():
+    _prepare(settings)
+    # A model of the right shape: this side of the check is the harness's own.
+    chunks = built(AutoBridge.from_hf_pretrained(folder).to_megatron_provider(load_weights=False), settings)
+    for _, held, stated in _stated(chunks, folder, settings):
+        for name, parameter in held.parameters.items():
             parameter.data.copy_(stated[name])
-    differing: list[str] = []
-    seen = set()
-    table = _table(folder)
-    for key, tensor in bridge.export_hf_weights(chunks):
-        if dist.get_rank() == 0:
-            seen.add(key)
-            differing += _differences(key, tensor.cpu(), source[key], table) if key in source else [f"{key}: not a key"]
-    if dist.get_rank() == 0:
-        differing += [f"{key}: not exported" for key in sorted(set(source) - seen)]
-    return len(seen), differing
+    converter.to_hf(chunks, folder, target)
+    return _compared(folder, target, settings, _table(folder))
 
 
-def round_trip(folder: Path, topology: Topology, precision: str, target: Path) -> tuple[int, list[str]]:
+def round_trip(converter: Converter, folder: Path, settings: Settings, target: Path) -> tuple[int, list[str]]:
     """Import, export to files, and compare the folders: keys, shapes, dtypes, bits, and every other file.
 
     Returns:
         Tensors and files compared, and what differs; only rank 0 compares.
     """
-    bridge, _, chunks = megatron(folder, topology, precision)
-    bridge.save_hf_pretrained(chunks, target)
+    chunks = loaded(converter, folder, settings)
+    converter.to_hf(chunks, folder, target)
+    return _compared(folder, target, settings, None)
+
+
+def _compared(folder: Path, target: Path, settings: Settings, table: coded.Table | None) -> tuple[int, list[str]]:
+    dist.barrier()  # whichever rank writes what, all of it is there
     if dist.get_rank() != 0:
         return 0, []
-    return compare_folders(folder, target, DTYPES[precision])
+    return compare_folders(folder, target, DTYPES[settings.precision], table)
 
 
-def compare_folders(folder: Path, target: Path, dtype: torch.dtype) -> tuple[int, list[str]]:
+@dataclass(frozen=True)
+class _Held:
+    """One model chunk of this rank: the bare `GPTModel`, and its parameters by name."""
+
+    model: Any
+    parameters: Mapping[str, torch.nn.Parameter]
+
+
+def _stated(
+    chunks: Sequence[Any], folder: Path, settings: Settings
+) -> Iterator[tuple[Coord, _Held, dict[str, torch.Tensor]]]:
+    """For each chunk of this rank: its place, what it holds, and what the independent statement says it must hold.
+
+    How far the vocabulary and the groups are padded, and whose norms a layer has, is the converter's to choose: that
+    is read from the model.
+    """
+    from converters.megatron.provider import unwrap
+
+    topology, source, config = settings.topology, _read(folder), _config(folder)
+    for chunk, place in zip(chunks, topology.chunks_of(topology.coord(dist.get_rank())), strict=True):
+        model = unwrap(chunk)
+        parameters = dict(model.named_parameters())
+        rows = [parameters[name].size(0) for name in VOCABULARY if name in parameters]
+        stated = expected_shard(
+            source,
+            config,
+            topology,
+            place,
+            make_vocab_size_divisible_by=rows[0] if rows else 1,
+            padded_query_groups=model.config.num_query_groups,
+            spec="te" if any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters) else "local",
+        )
+        yield place, _Held(model, parameters), stated
+
+
+def compare_folders(
+    folder: Path, target: Path, dtype: torch.dtype, table: coded.Table | None = None
+) -> tuple[int, list[str]]:
     """What differs between a checkpoint and its round trip; tensors are expected in `dtype`, rounded once.
 
     Returns:
@@ -174,7 +190,7 @@ def compare_folders(folder: Path, target: Path, dtype: torch.dtype) -> tuple[int
     differing = [f"{key}: lost" for key in sorted(set(before) - set(after))]
     differing += [f"{key}: new" for key in sorted(set(after) - set(before))]
     for key in sorted(set(before) & set(after)):
-        differing += _differences(key, after[key], before[key].to(dtype), None)
+        differing += _differences(key, after[key], before[key].to(dtype), table)
     kept = all(tensor.dtype == dtype for tensor in before.values())
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [
@@ -240,9 +256,13 @@ def _differences(name: str, actual: torch.Tensor, expected: torch.Tensor, table:
     return [f"{name}: {count:,} of {wrong.numel():,} elements differ; the first, {list(at)}, {shown}"]
 
 
-def _filled(bridge: AutoBridge) -> Mapping[str, Any]:
+def _config(folder: Path) -> dict[str, Any]:
     """The config with transformers' defaults filled in."""
-    return {**bridge.source.config, **{name: bridge.ledger.hf[name] for name in bridge.ledger.defaulted}}
+    from converters.models import family_of
+
+    config = json.loads((folder / "config.json").read_text())
+    ledger = family_of(config).fields.to_megatron(config)
+    return {**config, **{name: ledger.hf[name] for name in ledger.defaulted}}
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

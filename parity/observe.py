@@ -7,17 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from converters.topology import Coord
-
-if TYPE_CHECKING:
-    from converters.megatron.provider import GPTModelProvider
+from converters.topology import Coord, Topology
 
 Floats = npt.NDArray[np.float32]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -38,9 +35,10 @@ class Observation:
 
 def megatron_logits(
     chunks: Sequence[torch.nn.Module],
-    provider: GPTModelProvider,
     tokens: Tensor,
     *,
+    topology: Topology,
+    vocab_size: int,
     positions: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Observation | None:
@@ -55,9 +53,10 @@ def megatron_logits(
       the denominator, which is a property of the padding, not of the model.
 
     Args:
-        chunks: This rank's model chunks, wrapped or not, on the parallel state of `provider`.
-        provider: The config that built them.
+        chunks: This rank's model chunks, wrapped or not.
         tokens: `[b s]` int64.
+        topology: The layout that they were built for, on which Megatron-Core's parallel state is.
+        vocab_size: Rows of the vocabulary without padding.
         positions: `[b s]` int64, what RoPE rotates by; by default 0 to s - 1. The mask is causal by order regardless.
         labels: `[b s]` int64, the label of each token (already shifted).
 
@@ -69,7 +68,6 @@ def megatron_logits(
     from converters.megatron.parallel import current_coord
     from converters.megatron.provider import unwrap
 
-    topology = provider.topology
     batch, length = tokens.shape
     tp, cp = topology.tp, topology.cp
     multiple = math.lcm(2 * cp if cp > 1 else 1, cp * tp if topology.sp else 1)
@@ -86,7 +84,7 @@ def megatron_logits(
 
     with _evaluating(chunks), torch.no_grad():
         gathered: list[tuple[Tensor, Tensor | None]] = get_forward_backward_func()(
-            forward_step_func=lambda data, chunk: _forward(next(data), chunk, provider, unwrap(chunk)),
+            forward_step_func=lambda data, chunk: _forward(next(data), chunk, topology, vocab_size, unwrap(chunk)),
             data_iterator=[probe.iterator(cp) for _ in chunks],
             model=list(chunks),
             num_microbatches=microbatches,
@@ -177,7 +175,8 @@ class _Probe:
 def _forward(
     data: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     chunk: torch.nn.Module,
-    provider: GPTModelProvider,
+    topology: Topology,
+    vocab_size: int,
     model: Any,
 ) -> tuple[Tensor, Any]:
     """One micro-batch through one chunk; the second value turns the last chunk's output into logits and loss."""
@@ -186,31 +185,29 @@ def _forward(
         output = chunk(tokens, positions, None)
 
     def observe(logits: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor | None]:
-        return _gather(logits, provider, model, labels)
+        return _gather(logits, topology, vocab_size, model, labels)
 
     return output, observe
 
 
 def _gather(
-    logits: Tensor, provider: GPTModelProvider, model: Any, labels: Tensor | None
+    logits: Tensor, topology: Topology, vocab_size: int, model: Any, labels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Whole logits `[b s v]`, and loss `[b s]`, from this rank's part `[b s/cp v/tp]`."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    cp, rank = provider.context_parallel_size, parallel_state.get_tensor_model_parallel_rank()
-    vocabulary = provider.vocab_size
-    assert vocabulary is not None, "a finalised provider has one"
-    share = provider.padded_vocab_size // provider.tensor_model_parallel_size
+    cp, rank = topology.cp, parallel_state.get_tensor_model_parallel_rank()
+    share = logits.size(-1) // (1 if model.parallel_output else topology.tp)
     mine = slice(rank * share, (rank + 1) * share)
-    part = logits if provider.parallel_output else logits[..., mine]
+    part = logits if model.parallel_output else logits[..., mine]
     loss = None
     if labels is not None:
-        padding = torch.arange(mine.start, mine.stop, device=part.device) >= vocabulary
+        padding = torch.arange(mine.start, mine.stop, device=part.device) >= vocab_size
         # In float32, in which Megatron-Core's cross entropy computes anyway, and a copy, which it overwrites.
         masked = part.float().masked_fill(padding, float("-inf")).transpose(0, 1).contiguous()
         loss = _over_context(model.compute_language_model_loss(labels, masked), cp)
-    whole = gather_from_tensor_model_parallel_region(part)[..., :vocabulary]
+    whole = gather_from_tensor_model_parallel_region(part)[..., :vocab_size]
     return _over_context(whole.contiguous(), cp), loss
 
 

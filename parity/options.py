@@ -43,6 +43,7 @@ class Options:
     device: str
     trust_remote_code: bool
     rank_timeout: float
+    converter: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,13 @@ OPTIONS: tuple[Option, ...] = (
         values="SECONDS",
         default="300",
         meaning="How long ranks may take over one check before it fails with every rank's stack.",
+    ),
+    Option(
+        name="converter",
+        parse=_text,
+        values="NAME|MODULE:ATTR",
+        default="llama-parity",
+        meaning="The converter to check: this package's own, an entry point of `parity.converters`, or any object.",
     ),
 )
 

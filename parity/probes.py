@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+IGNORED = -100
+"""The label of a token that nothing follows, as transformers and torch have it."""
 Ids = npt.NDArray[np.int64]
 
 PROSE = (
@@ -29,11 +31,22 @@ PROSE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Token ids `[b s]`, the label of each token `[b s]` (the token that follows it), and a name."""
+    """What a model is asked.
+
+    Args:
+        name: For people.
+        tokens: `[b s]`.
+        labels: `[b s]`: the token that follows each; `IGNORED` where none does, and then the loss there is 0.
+        positions: `[b s]`: what RoPE rotates by; `None` is 0 to s - 1.
+        segments: `[b s]`: which of the sequences in its row a token belongs to, counted from 1, and 0 for padding. A
+            token sees earlier tokens of its own segment only. `None` is one segment a row.
+    """
 
     name: str
     tokens: Ids
     labels: Ids
+    positions: Ids | None = None
+    segments: Ids | None = None
 
 
 def probe(config: Mapping[str, Any], folder: Path, *, length: int = 96, prose: bool) -> Probe:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from parity.record import PROPERTY, Measurement, quantity, times
+from parity.findings import Measurement, quantity, times
+from parity.record import PROPERTY
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -29,9 +29,14 @@ def anonymous() -> int:
 
 def load(folder: Path, topology: Topology) -> dict[str, Any]:
     """Build this rank's model empty, load it, and say what that took."""
-    from parity.measure import megatron
+    from converters.bridge import AutoBridge
+    from converters.megatron import runtime
+    from parity.converter import Settings, built
 
-    bridge, _, chunks = megatron(folder, topology, "fp32", load=False)
+    runtime.install()
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    chunks = built(provider, Settings(topology=topology, precision="fp32"))
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     for parameter in parameters:
         parameter.data.zero_()  # resident, so that what follows counts only what loading takes

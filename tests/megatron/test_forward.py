@@ -37,7 +37,9 @@ def observed(tiny: Tiny, topology: Topology, length: int, positions: torch.Tenso
 
     chunks, provider = tiny_llama.build(tiny, topology)
     tokens, labels = tiny_llama.probe(tiny, length=length)
-    return megatron_logits(chunks, provider, tokens, positions=positions, labels=labels)
+    return megatron_logits(
+        chunks, tokens, positions=positions, labels=labels, topology=topology, vocab_size=provider.vocab_size
+    )
 
 
 def only(observations: list[Observation | None]) -> Observation:
@@ -116,7 +118,7 @@ def observed_bf16(tiny: Tiny, topology: Topology) -> Observation | None:
 
     chunks, provider = tiny_llama.build(tiny, topology, bf16=True)
     assert {parameter.dtype for chunk in chunks for parameter in chunk.parameters()} == {torch.bfloat16}
-    return megatron_logits(chunks, provider, tiny_llama.probe(tiny)[0])
+    return megatron_logits(chunks, tiny_llama.probe(tiny)[0], topology=topology, vocab_size=provider.vocab_size)
 
 
 @pytest.mark.parametrize("topology", [ONE, Topology(tp=2, sp=True), Topology(tp=2, cp=2), Topology(pp=2)], ids=str)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from parity.record import PROPERTY, Measurement, Record, quantity, times
+from parity.findings import Measurement, quantity, times
+from parity.record import PROPERTY, Record
 
 
 class Stored(list[tuple[str, Any]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parity.record import Measurement
+from parity.findings import Measurement
 from parity.report import Row, conclusion, render
 
 

@@ -1,0 +1,134 @@
+"""The converter under test, as two callables: into Megatron-Core models, and out of them.
+
+Any converter can be checked. Name it with `--converter module:attribute` (or an entry point of the group
+`parity.converters`); the attribute is an object with these two methods, or a class of such objects that takes no
+arguments. Both are called in real ranks, on every rank, with Megatron-Core's parallel state set up:
+
+    class Mine:
+        def to_megatron(self, folder, settings):
+            ...  # build this rank's chunks of the model in `folder`, load them, and return them
+        def to_hf(self, chunks, source, target):
+            ...  # write the model in `chunks` as a checkpoint folder `target`; `source` is one with the same config
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from converters.errors import SourceError, near
+from converters.topology import Topology
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+GROUP = "parity.converters"
+OWN = "llama-parity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a model is built for.
+
+    Args:
+        topology: The parallel layout, with its layers placed.
+        precision: Of weights and activations: `fp32` or `bf16`. A checkpoint in another dtype is to be cast.
+    """
+
+    topology: Topology
+    precision: str
+
+
+class Converter(Protocol):
+    """Both directions between a Hugging Face checkpoint folder and live Megatron-Core models. Collective."""
+
+    def to_megatron(self, folder: Path, settings: Settings) -> Sequence[Module]:
+        """This rank's model chunks (`GPTModel`, bare or wrapped), one for each of its virtual stages, loaded."""
+
+    def to_hf(self, chunks: Sequence[Module], source: Path, target: Path) -> None:
+        """Write the model in `chunks` as a Hugging Face folder.
+
+        Args:
+            chunks: A model with the config of `source`, and the layout that it was built for.
+            source: The checkpoint folder that the model stems from; its other files are to be carried over.
+            target: The folder to make; it does not exist.
+        """
+
+
+class Own:
+    """This package's converter, by way of `AutoBridge`."""
+
+    def to_megatron(self, folder: Path, settings: Settings) -> Sequence[Module]:
+        """As `Converter.to_megatron`; each rank reads its own bytes."""
+        from converters.bridge import AutoBridge
+
+        # The precision was asked for: a checkpoint in another dtype is cast, and held against torch's own cast.
+        provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider(cast=True)
+        return built(provider, settings)
+
+    def to_hf(self, chunks: Sequence[Module], source: Path, target: Path) -> None:
+        """As `Converter.to_hf`; ranks write their own bytes."""
+        from converters.bridge import AutoBridge
+
+        AutoBridge.from_hf_pretrained(source).save_hf_pretrained(chunks, target)
+
+
+def built(provider: Any, settings: Settings) -> list[Module]:
+    """A provider's model under `settings`, with groups of zeros where the heads do not divide over tp."""
+    import torch
+
+    provider.topology = settings.topology
+    provider.pad_query_groups()
+    provider.params_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
+    chunks: list[Module] = provider.provide_distributed_model(wrap_with_ddp=False)
+    return chunks
+
+
+def find(name: str) -> Converter:
+    """The converter called `name`: our own, an entry point, or `module:attribute`.
+
+    Raises:
+        SourceError: There is none, it cannot be imported, or it lacks one of the two methods.
+    """
+    if name == OWN:
+        return Own()
+    points = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    try:
+        if name in points:
+            found = points[name].load()
+        else:
+            module, colon, attribute = name.partition(":")
+            if not colon:
+                known = [OWN, *points]
+                raise SourceError(
+                    f"no converter {name!r}{near(name, known)}; expected {', '.join(known)}, or module:attribute"
+                )
+            found = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise SourceError(f"the converter {name!r} cannot be imported: {error}") from error
+    converter = found() if isinstance(found, type) else found
+    missing = [method for method in ("to_megatron", "to_hf") if not callable(getattr(converter, method, None))]
+    if missing:
+        raise SourceError(f"the converter {name!r} has no {' and no '.join(missing)}: expected both callables")
+    return converter  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A converter by name, which is found where it is used: what is sent to ranks."""
+
+    name: str = OWN
+
+    def to_megatron(self, folder: Path, settings: Settings) -> Sequence[Module]:
+        """As `Converter.to_megatron`."""
+        return find(self.name).to_megatron(folder, settings)
+
+    def to_hf(self, chunks: Sequence[Module], source: Path, target: Path) -> None:
+        """As `Converter.to_hf`."""
+        find(self.name).to_hf(chunks, source, target)
