@@ -64,19 +64,19 @@ def floor(evaluations: list[Floats]) -> float:
     return max(largest(other, evaluations[0]).value for other in evaluations[1:])
 
 
-def allowed(floor_value: float, scale: float) -> float:
-    """The bound in float32: `FLOORS` floors, of at least one rounding step of a number of size `scale`.
+def allowed(floor_value: float, scale: float, floors: float = FLOORS) -> float:
+    """The bound in float32: `floors` floors (a case's `max_floors`, which may only tighten), of at least one rounding step of a number of size `scale`.
 
     A floor of zero would mean that the evaluations happened to agree to the bit, not that nothing rounds.
     """
-    return FLOORS * max(floor_value, scale * 2.0**-24)
+    return floors * max(floor_value, scale * 2.0**-24)
 
 
-def nearness(reference: float, tp: int) -> float:
+def nearness(reference: float, tp: int, floors: float = FLOORS) -> float:
     """The bound in bfloat16, for the candidate's rms distance from the oracle, given the reference's.
 
     A row-parallel layer rounds each of its `tp` partial sums, and again at each of the `tp - 1` additions, where one
     rank rounds once; independent errors add as squares. The factor 2 is for two evaluations at one rank that round at
-    different places.
+    different places. `floors` below `FLOORS` tightens it in proportion.
     """
-    return 2.0 * math.sqrt(2 * tp - 1) * reference
+    return floors / FLOORS * 2.0 * math.sqrt(2 * tp - 1) * reference

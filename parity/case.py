@@ -44,6 +44,7 @@ class Case:
         rank_timeout: Seconds that ranks may take over one check.
         ghost_groups: Key-value groups of zeros that it takes for heads to divide over tp.
         converter: The converter under test, by name (see `parity.converter`).
+        max_floors: Noise floors that a measurement may be away from its reference.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Case:
     rank_timeout: float = 300.0
     ghost_groups: int = 0
     converter: str = "llama-parity"
+    max_floors: float = 10.0
 
     @property
     def id(self) -> str:
@@ -105,8 +107,10 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
     for model, slug in slugs(options).items():
         config = config_of(model, revision=options.revision, size=options.size, layers=options.layers)
         layers = _field(config, "num_hidden_layers")
-        meshes = itertools.product(options.tp, options.pp, options.vpp, options.cp, options.sp)
-        for (tp, pp, vpp, cp, sp), precision, backend in itertools.product(meshes, options.precision, options.backend):
+        meshes = itertools.product(options.tp, options.pp, options.vpp, options.cp, options.dp, options.sp)
+        for (tp, pp, vpp, cp, dp, sp), precision, backend in itertools.product(
+            meshes, options.precision, options.backend
+        ):
             shared: dict[str, Any] = {
                 "model": model,
                 "slug": slug,
@@ -120,12 +124,19 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
                 "trust_remote_code": options.trust_remote_code,
                 "rank_timeout": options.rank_timeout,
                 "converter": options.converter,
+                "max_floors": options.max_floors,
             }
             reasons: list[str] = []
             try:
-                topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=sp)
+                topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, sp=sp)
             except TopologyError as error:
-                mesh = f"tp{tp}-pp{pp}" + f"-vpp{vpp}" * (vpp > 1) + f"-cp{cp}" * (cp > 1) + "-sp" * sp
+                mesh = (
+                    f"tp{tp}-pp{pp}"
+                    + f"-vpp{vpp}" * (vpp > 1)
+                    + f"-cp{cp}" * (cp > 1)
+                    + f"-dp{dp}" * (dp > 1)
+                    + "-sp" * sp
+                )
                 left_out.append(("-".join([slug, mesh, precision, backend]), str(error)))
                 continue
             try:

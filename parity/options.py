@@ -34,6 +34,7 @@ class Options:
     pp: tuple[int, ...]
     vpp: tuple[int, ...]
     cp: tuple[int, ...]
+    dp: tuple[int, ...]
     sp: tuple[bool, ...]
     precision: tuple[str, ...]
     backend: tuple[str, ...]
@@ -44,6 +45,7 @@ class Options:
     trust_remote_code: bool
     rank_timeout: float
     converter: str
+    max_floors: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,18 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _floors(text: str) -> float:
+    try:
+        floors = float(text)
+    except ValueError:
+        floors = 0.0
+    if not 0 < floors <= 10:
+        raise ValueError(
+            f"expected a number above 0 and at most 10, since a gate may only be tightened, found {text!r}"
+        )
+    return floors
+
+
 def _one_of(*known: str) -> Parse:
     def parse(text: str) -> str:
         if text not in known:
@@ -142,6 +156,7 @@ OPTIONS: tuple[Option, ...] = (
         name="vpp", parse=_count, values="N[,N]", default="1", meaning="Model chunks per pipeline stage.", many=True
     ),
     Option(name="cp", parse=_count, values="N[,N]", default="1", meaning="Context-parallel sizes.", many=True),
+    Option(name="dp", parse=_count, values="N[,N]", default="1", meaning="Data-parallel sizes.", many=True),
     Option(name="sp", parse=_switch, values="off|on[,...]", default="off", meaning="Sequence parallelism.", many=True),
     Option(
         name="precision",
@@ -197,6 +212,13 @@ OPTIONS: tuple[Option, ...] = (
         values="SECONDS",
         default="300",
         meaning="How long ranks may take over one check before it fails with every rank's stack.",
+    ),
+    Option(
+        name="max-floors",
+        parse=_floors,
+        values="N",
+        default="10",
+        meaning="Noise floors that a measurement may be away from its reference; fewer than 10 tighten every gate.",
     ),
     Option(
         name="converter",

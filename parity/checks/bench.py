@@ -75,14 +75,14 @@ class Bench:
     def alone(self, function: str, *arguments: Any) -> Any:
         """Call `parity.<module>:<name>` in one fresh process without a process group: for transformers."""
         cuda = device_of(self.case) == "cuda"
-        (found,) = self.shared.zygote.run(
+        found: list[Any] = self.shared.zygote.run(
             f"parity.{function}",
             *arguments,
             backend=None,
             timeout=self.case.rank_timeout,
             env={} if cuda else {"CUDA_VISIBLE_DEVICES": ""},
         )
-        return found
+        return found[0]
 
     @property
     def coded(self) -> Path:

@@ -53,12 +53,12 @@ def logits_and_loss(bench: Bench) -> Iterator[Finding]:
         exact = of(said.eager)
         if case.precision == "fp32":
             spread = floor([exact, *(of(other) for other in said.others)])
-            bound = allowed(spread, float(np.abs(exact).max()))
+            bound = allowed(spread, float(np.abs(exact).max()), case.max_floors)
             distance = largest(of(actual), exact)
             unit, detail = "max |Δ|", f"floor {spread:.2e}: transformers against itself, evaluated otherwise"
         else:
             near = max(rms(of(one), of(said.oracle)).value for one in (said.eager, *said.others))
-            bound = nearness(near, case.topology.tp)
+            bound = nearness(near, case.topology.tp, case.max_floors)
             distance = rms(of(actual), of(said.oracle))
             unit, detail = "rms from fp32", f"transformers' own distance from its float32 oracle: {near:.2e}"
         yield Measurement.within(
