@@ -65,9 +65,10 @@ def floor(evaluations: list[Floats]) -> float:
 
 
 def allowed(floor_value: float, scale: float, floors: float = FLOORS) -> float:
-    """The bound in float32: `floors` floors (a case's `max_floors`, which may only tighten), of at least one rounding step of a number of size `scale`.
+    """The bound in float32: `floors` floors (a case may ask for fewer).
 
-    A floor of zero would mean that the evaluations happened to agree to the bit, not that nothing rounds.
+    Each is at least one rounding step of a number of size `scale`: a floor of zero would mean that the evaluations
+    happened to agree to the bit, not that nothing rounds.
     """
     return floors * max(floor_value, scale * 2.0**-24)
 
