@@ -14,6 +14,7 @@ arguments. Both are called in real ranks, on every rank, with Megatron-Core's pa
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -88,25 +89,42 @@ def built(provider: Any, settings: Settings) -> list[Module]:
     return chunks
 
 
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=GROUP)}
+
+
+def require(name: str) -> None:
+    """Refuse the name of a converter that cannot be there, without importing it.
+
+    Raises:
+        SourceError: Neither our own, nor an entry point, nor an attribute of a module that can be found.
+    """
+    known = [OWN, *_entry_points()]
+    module, colon, attribute = name.partition(":")
+    if not colon and name not in known:
+        raise SourceError(f"no converter {name!r}{near(name, known)}; expected {', '.join(known)}, or module:attribute")
+    try:
+        missing = colon and importlib.util.find_spec(module) is None
+    except (ImportError, ValueError):
+        missing = True
+    if missing or (colon and not attribute):
+        raise SourceError(f"the converter {name!r} cannot be imported: expected module:attribute, on the Python path")
+
+
 def find(name: str) -> Converter:
     """The converter called `name`: our own, an entry point, or `module:attribute`.
 
     Raises:
         SourceError: There is none, it cannot be imported, or it lacks one of the two methods.
     """
+    require(name)
     if name == OWN:
         return Own()
-    points = {point.name: point for point in metadata.entry_points(group=GROUP)}
     try:
-        if name in points:
-            found = points[name].load()
+        if ":" not in name:
+            found = _entry_points()[name].load()
         else:
-            module, colon, attribute = name.partition(":")
-            if not colon:
-                known = [OWN, *points]
-                raise SourceError(
-                    f"no converter {name!r}{near(name, known)}; expected {', '.join(known)}, or module:attribute"
-                )
+            module, _, attribute = name.partition(":")
             found = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)

@@ -110,7 +110,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     from parity.subjects import config_of
 
+    from parity import converter
+
     try:
+        converter.require(state.options.converter)
         state.cases, state.left_out = matrix(state.options, config_of)
     except ConversionError as error:
         raise pytest.UsageError(f"--model {','.join(state.options.models)}: {error}") from error
