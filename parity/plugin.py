@@ -108,9 +108,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if state is None:
         session.config.pluginmanager.register(_case_fixture([]))
         return
-    from parity.subjects import config_of
-
     from parity import converter
+    from parity.subjects import config_of
 
     try:
         converter.require(state.options.converter)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from parity.ranks import Zygote
 
 
+class NotApplicable(Exception):
+    """What a check raises, before it does anything, where it has nothing to say of a case; the reason is shown."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What is made once for all cases of a session, and where. `close` removes it."""

@@ -45,7 +45,16 @@ def run(bench: Bench, record: Record) -> Callable[[Check], None]:
     reason = lacking(bench.case)
     if reason:
         pytest.skip(reason)
-    return lambda check: record.all(check(bench))
+
+    def on(check: Check) -> None:
+        from parity.checks.bench import NotApplicable
+
+        try:
+            record.all(check(bench))
+        except NotApplicable as error:
+            pytest.skip(str(error))
+
+    return on
 
 
 @pytest.fixture

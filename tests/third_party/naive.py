@@ -1,4 +1,4 @@
-"""A small converter as one writes it in an afternoon: a loop over layers, one direction at a time, tensor parallel only.
+"""A small converter as one writes it in an afternoon: a loop over layers, one direction at a time, no pipeline.
 
 `Correct` does what it should. Each class below it has one of the bugs that such converters have had, and nothing in it
 is written for this harness: it knows Megatron-Core, transformers' file formats, and nothing else.
