@@ -15,6 +15,8 @@ from converters.errors import CheckpointError
 
 NOT_CARRIED = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 """Weights in any format, and pickles."""
+NOT_TRUE_OF_COPIES = ("parity-certificate.json", "parity-certificate.md")
+"""A verification card holds digests of the very folder that it is in."""
 NOT_ENTERED = ("original", "onnx")
 """Folders with the same weights in another format."""
 
@@ -22,7 +24,8 @@ NOT_ENTERED = ("original", "onnx")
 def carried(folder: Path, *, code: bool = False) -> list[Path]:
     """The files that an export takes over byte for byte: tokenizer, generation config, chat templates, licence, ...
 
-    That is every file but weights, pickles, code, hidden files, and the config, which is written by itself.
+    That is every file but weights, pickles, code, hidden files, verification cards, and the config, which is written by
+    itself.
 
     Args:
         folder: The source checkpoint.
@@ -37,6 +40,7 @@ def carried(folder: Path, *, code: bool = False) -> list[Path]:
         path
         for path in found
         if path != Path("config.json")
+        and path.name not in NOT_TRUE_OF_COPIES
         and not any(fnmatch(path.name, pattern) for pattern in patterns)
         and not any(part.startswith(".") or part in NOT_ENTERED for part in path.parts)
     ]

@@ -5,12 +5,15 @@ passes within `FLOORS` of them: the subtlest real fault that is known stands at 
 the candidate's own reordering at one or two.
 
 In bfloat16 rounding is as large as a fault, and the two sides round at different places. There both are held against a
-float32 evaluation of the same rounded weights: the candidate must be about as near to it as the reference is.
+float32 evaluation of the same rounded weights: the candidate must be about as near to it as the reference is. Over all
+logits together, and also at its worst token and at its worst vocabulary row: one bad row of 128,256 is a hundredth of
+the whole's rms even where it is wrong by forty times the noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +55,20 @@ def rms(actual: Floats, expected: Floats) -> Distance:
     return Distance(value=float(np.sqrt(np.mean(difference**2))), where=largest(actual, expected).where)
 
 
+def worst(actual: Floats, expected: Floats, axis: int) -> Distance:
+    """The largest root mean square along `axis` of the differences of two matrices; NaN where either side has one.
+
+    Args:
+        actual: `[n v]`: tokens by vocabulary rows.
+        expected: `[n v]`.
+        axis: 1 for the worst token, 0 for the worst vocabulary row; `where` is that one index.
+    """
+    difference = _difference(actual, expected)
+    along = np.sqrt(np.mean(difference**2, axis=axis, dtype=np.float64))
+    at = int(np.argmax(np.where(np.isnan(along), np.inf, along)))
+    return Distance(value=float(along[at]), where=(at,))
+
+
 def _difference(actual: Floats, expected: Floats) -> Floats:
     if actual.shape != expected.shape:
         raise ValueError(f"expected shape {expected.shape}, found {actual.shape}")
@@ -59,9 +76,39 @@ def _difference(actual: Floats, expected: Floats) -> Floats:
     return difference
 
 
-def floor(evaluations: list[Floats]) -> float:
-    """The largest difference between any of `evaluations` and the first, which are equal in exact arithmetic."""
-    return max(largest(other, evaluations[0]).value for other in evaluations[1:])
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far a reference's own evaluations lie from what is expected, at their worst.
+
+    Attributes:
+        largest: The largest absolute difference: in float32, the floor.
+        rms: The root mean square over all values.
+        token: That of one token, over the vocabulary.
+        row: That of one vocabulary row, over tokens.
+    """
+
+    largest: float
+    rms: float
+    token: float
+    row: float
+
+
+def spread(evaluations: Sequence[Floats], expected: Floats) -> Spread:
+    """The spread of `evaluations` around `expected`; a vector `[n]` has one row.
+
+    Raises:
+        ValueError: No evaluation, or one of another shape.
+    """
+    if not evaluations:
+        raise ValueError("expected at least one evaluation to measure a floor with")
+    wide = expected.reshape(len(expected), -1)
+    others = [one.reshape(len(one), -1) for one in evaluations]
+    return Spread(
+        largest=max(largest(one, wide).value for one in others),
+        rms=max(rms(one, wide).value for one in others),
+        token=max(worst(one, wide, axis=1).value for one in others),
+        row=max(worst(one, wide, axis=0).value for one in others),
+    )
 
 
 def allowed(floor_value: float, scale: float, floors: float = FLOORS) -> float:
@@ -79,5 +126,9 @@ def nearness(reference: float, tp: int, floors: float = FLOORS) -> float:
     A row-parallel layer rounds each of its `tp` partial sums, and again at each of the `tp - 1` additions, where one
     rank rounds once; independent errors add as squares. The factor 2 is for two evaluations at one rank that round at
     different places. `floors` below `FLOORS` tightens it in proportion.
+
+    The same factor holds for the worst of many tokens or rows: the candidate's errors and the reference's come from
+    distributions of one shape, the first `sqrt(2 * tp - 1)` times as wide, and so do the largest of as many draws from
+    each. The reference is evaluated three times, so its own largest is, if anything, drawn from more.
     """
     return floors / FLOORS * 2.0 * math.sqrt(2 * tp - 1) * reference

@@ -45,6 +45,7 @@ class Case:
         ghost_groups: Key-value groups of zeros that it takes for heads to divide over tp.
         converter: The converter under test, by name (see `parity.converter`).
         max_floors: Noise floors that a measurement may be away from its reference.
+        against: Another checkpoint, which is held against the model instead of a converted one.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Case:
     ghost_groups: int = 0
     converter: str = "llama-parity"
     max_floors: float = 10.0
+    against: str | None = None
 
     @property
     def id(self) -> str:
@@ -125,6 +127,7 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
                 "rank_timeout": options.rank_timeout,
                 "converter": options.converter,
                 "max_floors": options.max_floors,
+                "against": options.against,
             }
             reasons: list[str] = []
             try:

@@ -97,6 +97,16 @@ def decode(table: Table, value: float) -> tuple[str, tuple[int, ...]] | None:
     return None
 
 
+def numbers_of(patterns: np.ndarray) -> np.ndarray:
+    """The numbers that float32 bit patterns (uint32, any shape) are the codes of, int64; -1 for a pattern without."""
+    sign = (patterns >> np.uint32(31)).astype(np.uint64)
+    rest = (patterns & np.uint32(0x7FFFFFFF)).astype(np.int64) - (1 << 23)
+    valid = (rest >= 0) & (rest < _NORMAL)
+    mixed = sign * np.uint64(_NORMAL) + np.where(valid, rest, 0).astype(np.uint64)
+    # CAPACITY squared is below 2^64.
+    return np.where(valid, (mixed * np.uint64(_BACK) % np.uint64(CAPACITY)).astype(np.int64), -1)
+
+
 def where_from(table: Table, value: float) -> str:
     """`decode`, as text: `model.layers.3.self_attn.k_proj.weight[12, 5]`, or what else the value is."""
     found = decode(table, value)

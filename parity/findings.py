@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, SupportsFloat
 
 from converters.errors import listing
+from parity.causes import Cause
+
+CAUSES_SHOWN = 6
+"""Causes that a failure's text names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,7 @@ class Measurement:
         where: The worst place, e.g. `layer 3 token 17`.
         detail: Further lines for the failure message.
         seconds: Time since the test, or its previous measurement.
+        causes: What explains a failure, most telling first: `parity.causes.Cause.as_json` each.
     """
 
     check: str
@@ -36,6 +41,11 @@ class Measurement:
     where: str = ""
     detail: str = ""
     seconds: float = 0.0
+    causes: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON has lists only, and a measurement read back is to equal the one written.
+        object.__setattr__(self, "causes", tuple(self.causes))
 
     @classmethod
     def within(
@@ -47,6 +57,7 @@ class Measurement:
         unit: str,
         where: str = "",
         detail: str = "",
+        causes: Sequence[Cause] = (),
     ) -> Measurement:
         """A distance that must not exceed its bound. NaN never passes, nor does an infinite or missing bound."""
         value, limit = float(measured), float(bound)
@@ -61,26 +72,51 @@ class Measurement:
             margin=margin,
             passed=0 <= value <= limit < math.inf,
             where=where,
-            detail=detail,
+            detail=_with_causes(causes, detail),
+            causes=tuple(cause.as_json() for cause in causes),
         )
 
     @classmethod
     def equal(
-        cls, check: str, *, count: int, unit: str, differing: Collection[str] = (), where: str = "", detail: str = ""
+        cls,
+        check: str,
+        *,
+        count: int,
+        unit: str,
+        differing: Collection[str] = (),
+        where: str = "",
+        detail: str = "",
+        causes: Sequence[Cause] = (),
     ) -> Measurement:
         """`count` things compared bit for bit; `differing` names those that differ. Comparing nothing does not pass."""
-        return cls._none_of(check, count, unit, "differ", differing, where, detail)
+        return cls._none_of(check, count, unit, "differ", differing, where, detail, causes)
 
     @classmethod
     def proved(
-        cls, check: str, *, count: int, unit: str, unproved: Collection[str] = (), where: str = "", detail: str = ""
+        cls,
+        check: str,
+        *,
+        count: int,
+        unit: str,
+        unproved: Collection[str] = (),
+        where: str = "",
+        detail: str = "",
+        causes: Sequence[Cause] = (),
     ) -> Measurement:
         """`count` things proved; `unproved` names the exceptions. Proving nothing does not pass."""
-        return cls._none_of(check, count, unit, "unproved", unproved, where, detail)
+        return cls._none_of(check, count, unit, "unproved", unproved, where, detail, causes)
 
     @classmethod
     def _none_of(
-        cls, check: str, count: int, unit: str, verb: str, exceptions: Collection[str], where: str, detail: str
+        cls,
+        check: str,
+        count: int,
+        unit: str,
+        verb: str,
+        exceptions: Collection[str],
+        where: str,
+        detail: str,
+        causes: Sequence[Cause],
     ) -> Measurement:
         lines = [detail] if detail else []
         if exceptions:
@@ -95,7 +131,8 @@ class Measurement:
             margin=None,
             passed=count >= 1 and not exceptions,
             where=where,
-            detail="\n".join(lines),
+            detail=_with_causes(causes, "\n".join(lines)),
+            causes=tuple(cause.as_json() for cause in causes),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -128,6 +165,13 @@ def times(ratio: float) -> str:
     """A ratio of at least one, to two significant digits: `1.8x`, `12x`, `10,000x`."""
     rounded = float(f"{ratio:.2g}")
     return f"{rounded:,.0f}x" if rounded >= 10 else f"{rounded:.1f}x"
+
+
+def _with_causes(causes: Sequence[Cause], detail: str) -> str:
+    """The causes as the first lines."""
+    shown = [f"cause: {cause}" for cause in causes[:CAUSES_SHOWN]]
+    shown += [f"and {len(causes) - CAUSES_SHOWN} further causes"] * (len(causes) > CAUSES_SHOWN)
+    return "\n".join([*shown, *([detail] if detail else [])])
 
 
 def _jsonable(value: float) -> float | str:
@@ -182,6 +226,20 @@ class Map:
     log: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What became of every name of both sides; every field is JSON-able.
+
+    Args:
+        title: What is accounted for: `tensors`, `config`.
+        rows: `name`, `side` (`hf`, `megatron`), `class` (`exact`, `derived`, `constant`, `dropped`, `unaccounted`) and
+            `reason` each.
+    """
+
+    title: str
+    rows: Sequence[Mapping[str, str]]
+
+
 Picture = Lines | Map
-Finding = Measurement | Lines | Map
+Finding = Measurement | Lines | Map | Account
 """What a check yields."""

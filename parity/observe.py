@@ -1,13 +1,13 @@
-"""Logits and loss of one model on one probe: from Megatron-Core through its pipeline, and from transformers."""
+"""What one model says of every token of a probe: Megatron-Core through its pipeline, and transformers."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from converters.topology import Coord, Topology
+from parity.feeding import Batch, Batches, extended, hidden_from, masked_by, positions_of, rotating_by
+from parity.probes import IGNORED, Probe
 
 Floats = npt.NDArray[np.float32]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -26,66 +28,64 @@ class Observation:
 
     Args:
         logits: `[b s v]` float32, without vocabulary padding.
-        loss: `[b s]` float32, the cross entropy of each token in nats; `None` without labels.
+        loss: `[b s]` float32, the cross entropy of each token in nats; 0 where the label is `IGNORED`.
+        activations: `[b s h]` float32 by the name of its tap (see `parity.taps`), where any were asked for.
     """
 
     logits: Floats
-    loss: Floats | None = None
+    loss: Floats
+    activations: Mapping[str, Floats] = field(default_factory=dict)
 
 
-def megatron_logits(
-    chunks: Sequence[torch.nn.Module],
-    tokens: Tensor,
-    *,
-    topology: Topology,
-    vocab_size: int,
-    positions: Tensor | None = None,
-    labels: Tensor | None = None,
+def megatron_observation(
+    chunks: Sequence[torch.nn.Module], probe: Probe, *, topology: Topology, vocab_size: int
 ) -> Observation | None:
     """Run Megatron-Core's forward through its pipeline schedule, and gather what it says of every token. Collective.
 
-    Each rank passes the same probe. Three things are added and taken off again, none of which an earlier token can see:
+    Each rank passes the same probe. Three things are added and taken off again, none of which a token can see:
 
-    - zeros at the end of each sequence, to a multiple of 2 x cp, and of cp x tp under sequence parallelism: masks are
-      causal;
+    - padding at the end of each sequence, to a multiple of 2 x cp, and of cp x tp under sequence parallelism;
     - under interleaving, repeated sequences up to a multiple of the stages, since it needs a micro-batch for each;
     - the vocabulary's padding. In the loss its logits count as minus infinity: its zero rows would each add exp(0) to
       the denominator, which is a property of the padding, not of the model.
 
+    Without positions the model's own RoPE counts from 0; with them, its own table of angles is read there. Without
+    segments its own causal mask is used; with them, an explicit one.
+
     Args:
         chunks: This rank's model chunks, wrapped or not.
-        tokens: `[b s]` int64.
+        probe: What is asked.
         topology: The layout that they were built for, on which Megatron-Core's parallel state is.
         vocab_size: Rows of the vocabulary without padding.
-        positions: `[b s]` int64, what RoPE rotates by; by default 0 to s - 1. The mask is causal by order regardless.
-        labels: `[b s]` int64, the label of each token (already shifted).
 
     Returns:
-        The observation on the last stage's rank with tp, cp and dp index 0; `None` on every other rank.
+        The observation on the last stage's rank with tp, cp and dp index 0; `None` on every other rank. Values at
+        padding mean nothing.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from converters.megatron.parallel import current_coord
     from converters.megatron.provider import unwrap
 
-    batch, length = tokens.shape
+    batch, length = probe.tokens.shape
     tp, cp = topology.tp, topology.cp
     multiple = math.lcm(2 * cp if cp > 1 else 1, cp * tp if topology.sp else 1)
     missing = -length % multiple
     microbatches = topology.pp if topology.vpp > 1 else 1
     rows = torch.arange(-(-batch // microbatches) * microbatches) % batch
-    probe = _Probe(
-        tokens=_extend(tokens, missing)[rows],
-        positions=_extend(_default_positions(tokens) if positions is None else positions, missing)[rows],
-        labels=None if labels is None else _extend(labels, missing)[rows],
-        microbatches=microbatches,
-        rotate=positions is not None,
+    batches = Batches(
+        tokens=extended(probe.tokens, missing)[rows],
+        labels=extended(probe.labels, missing)[rows],
+        positions=extended(positions_of(probe), missing)[rows],
+        rotate=probe.positions is not None,
+        segments=None if probe.segments is None else extended(probe.segments, missing)[rows],
+        count=microbatches,
     )
 
     with _evaluating(chunks), torch.no_grad():
-        gathered: list[tuple[Tensor, Tensor | None]] = get_forward_backward_func()(
+        gathered: list[tuple[Tensor, Tensor]] = get_forward_backward_func()(
             forward_step_func=lambda data, chunk: _forward(next(data), chunk, topology, vocab_size, unwrap(chunk)),
-            data_iterator=[probe.iterator(cp) for _ in chunks],
+            data_iterator=[batches.of_this_rank(cp) for _ in chunks],
             model=list(chunks),
             num_microbatches=microbatches,
             seq_length=length + missing,
@@ -95,104 +95,118 @@ def megatron_logits(
         )
     if current_coord() != Coord(pp=topology.pp - 1):
         return None
-    losses = [loss for _, loss in gathered if loss is not None]
     return Observation(
         logits=_array(torch.cat([logits for logits, _ in gathered])[:batch, :length]),
-        loss=_array(torch.cat(losses)[:batch, :length]) if losses else None,
+        loss=_array(torch.cat([loss for _, loss in gathered])[:batch, :length]),
     )
 
 
-def hf_logits(
-    folder: str | Path,
-    tokens: Tensor,
-    *,
-    positions: Tensor | None = None,
-    labels: Tensor | None = None,
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32",
-    attention: Literal["eager", "sdpa"] = "eager",
-    oracle: bool = False,
-) -> Observation:
-    """Run transformers' `LlamaForCausalLM` on the checkpoint in `folder`.
+def hf_model(folder: str | Path, *, dtype: str = "fp32", attention: str = "eager", oracle: bool = False) -> Any:
+    """The `LlamaForCausalLM` of the checkpoint in `folder`, to be observed.
 
     Safe in a process that has the CPU runtime installed: that redirects only what names a CUDA device. In fp64 the
     rotary angles are still float32, as transformers computes them.
 
     Args:
         folder: `config.json` and safetensors.
-        tokens: `[b s]` int64.
-        positions: `[b s]` int64; by default 0 to s - 1.
-        labels: `[b s]` int64, the label of each token (already shifted).
-        dtype: Of weights and activations.
-        attention: transformers' attention implementation.
+        dtype: Of weights and activations: `fp32`, `bf16` or `fp64`.
+        attention: transformers' attention implementation: `eager` or `sdpa`.
         oracle: Compute in float32 with the weights of `dtype`, so that only the weights are rounded.
     """
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
-    model.eval()
-    if oracle:
-        model.float()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention).eval()
+    return model.float() if oracle else model
+
+
+def hf_observation(model: Any, probe: Probe, **loading: Any) -> Observation:
+    """Ask a transformers model as its users do, the whole probe at once.
+
+    Padding is a mask `[b s]`, packing positions that begin anew. Where a probe has both, or positions that jump within
+    a segment, a mask `[b 1 s s]` says what a token sees.
+
+    Args:
+        model: A causal language model, or a checkpoint's folder.
+        probe: What is asked.
+        loading: Of a folder: as for `hf_model`.
+
+    Returns:
+        Values at padding mean nothing.
+
+    Source: huggingface/transformers v5.23, masking_utils.py `find_packed_sequence_indices` and
+        `_preprocess_mask_arguments`: positions that do not count up are the seams of packed sequences, unless there is
+        a mask.
+    """
+    if isinstance(model, str | Path):
+        model = hf_model(model, **loading)
+    elif loading:
+        raise TypeError(f"{', '.join(loading)}: a model that is loaded already cannot be loaded so")
+    tokens, labels = (torch.from_numpy(array).to(model.device) for array in (probe.tokens, probe.labels))
     with torch.no_grad():
         logits = model(
             input_ids=tokens,
-            position_ids=_default_positions(tokens) if positions is None else positions,
-            # Without a mask, transformers reads positions that jump as the seams of packed sequences.
-            attention_mask=torch.ones_like(tokens),
+            position_ids=torch.from_numpy(positions_of(probe)).to(model.device),
+            attention_mask=_hf_mask(probe, model),
             use_cache=False,
         ).logits
-    if labels is None:
-        return Observation(logits=_array(logits))
-    wide = logits if dtype == "fp64" else logits.float()
-    loss = torch.nn.functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none")
+    wide = logits.float() if logits.dtype != torch.float64 else logits
+    loss = torch.nn.functional.cross_entropy(
+        wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    )
     return Observation(logits=_array(logits), loss=_array(loss.view_as(labels)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Probe:
-    """A whole probe `[rows s]`, and how it is dealt out."""
+def hf_observation_apart(model: Any, probe: Probe) -> Observation:
+    """Ask a transformers model for each sequence of the probe by itself, so that none can see another.
 
-    tokens: Tensor
-    positions: Tensor
-    labels: Tensor | None
-    microbatches: int
-    rotate: bool
+    Returns:
+        As if asked at once; zeros at padding.
+    """
+    logits: Floats | None = None
+    loss = np.zeros(probe.tokens.shape, dtype=np.float32)
+    for piece in probe.pieces:
+        said = hf_observation(model, probe.alone(piece))
+        if logits is None:
+            logits = np.zeros((*loss.shape, said.logits.shape[-1]), dtype=np.float32)
+        logits[piece.row, piece.start : piece.stop] = said.logits[0]
+        loss[piece.row, piece.start : piece.stop] = said.loss[0]
+    if logits is None:
+        raise ValueError(f"the probe {probe.name!r} is padding alone: there is nothing to ask")
+    return Observation(logits=logits, loss=loss)
 
-    def iterator(self, cp: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """Micro-batches as this rank sees them: tokens, positions, labels (its part under CP), and whole positions."""
-        from megatron.core import parallel_state
 
-        from converters.megatron.attention import zigzag_split
-
-        device, rank = torch.cuda.current_device(), parallel_state.get_context_parallel_rank()
-        for part in torch.arange(len(self.tokens)).chunk(self.microbatches):
-            mine = [
-                None if whole is None else zigzag_split(whole[part], cp, rank).to(device)
-                for whole in (self.tokens, self.positions, self.labels)
-            ]
-            yield mine[0], mine[1], mine[2], self.positions[part].to(device) if self.rotate else None  # type: ignore[misc]
+def _hf_mask(probe: Probe, model: Any) -> Tensor | None:
+    """`[b s]` where padding is all that is hidden, `None` where positions tell, else `[b 1 s s]` to be added."""
+    if probe.segments is None:
+        # With no mask, positions that jump would be read as seams.
+        return torch.ones(probe.tokens.shape, dtype=torch.int64, device=model.device)
+    segments = torch.from_numpy(probe.segments).to(model.device)
+    if int(segments.max()) == 1:
+        return (segments > 0).long()
+    assert probe.positions is not None
+    seams = np.diff(probe.positions) != 1
+    if (probe.segments > 0).all() and np.array_equal(seams, np.diff(probe.segments) != 0):
+        return None
+    hidden = hidden_from(segments)
+    return torch.zeros(hidden.shape, dtype=model.dtype, device=model.device).masked_fill(
+        hidden, torch.finfo(model.dtype).min
+    )
 
 
 def _forward(
-    data: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    chunk: torch.nn.Module,
-    topology: Topology,
-    vocab_size: int,
-    model: Any,
+    batch: Batch, chunk: torch.nn.Module, topology: Topology, vocab_size: int, model: Any
 ) -> tuple[Tensor, Any]:
     """One micro-batch through one chunk; the second value turns the last chunk's output into logits and loss."""
-    tokens, positions, labels, rotate_by = data
-    with _rotating_by(model, rotate_by):
-        output = chunk(tokens, positions, None)
+    with rotating_by(model, batch.rotate_by), masked_by(model, batch.hidden):
+        output = chunk(batch.tokens, batch.positions, batch.hidden)
 
-    def observe(logits: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor | None]:
-        return _gather(logits, topology, vocab_size, model, labels)
+    def observe(logits: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
+        return _gather(logits, topology, vocab_size, model, batch.labels)
 
     return output, observe
 
 
-def _gather(
-    logits: Tensor, topology: Topology, vocab_size: int, model: Any, labels: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _gather(logits: Tensor, topology: Topology, vocab_size: int, model: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Whole logits `[b s v]`, and loss `[b s]`, from this rank's part `[b s/cp v/tp]`."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -201,14 +215,13 @@ def _gather(
     share = logits.size(-1) // (1 if model.parallel_output else topology.tp)
     mine = slice(rank * share, (rank + 1) * share)
     part = logits if model.parallel_output else logits[..., mine]
-    loss = None
-    if labels is not None:
-        padding = torch.arange(mine.start, mine.stop, device=part.device) >= vocab_size
-        # In float32, in which Megatron-Core's cross entropy computes anyway, and a copy, which it overwrites.
-        masked = part.float().masked_fill(padding, float("-inf")).transpose(0, 1).contiguous()
-        loss = _over_context(model.compute_language_model_loss(labels, masked), cp)
+    padding = torch.arange(mine.start, mine.stop, device=part.device) >= vocab_size
+    # In float32, in which Megatron-Core's cross entropy computes anyway, and a copy, which it overwrites.
+    masked = part.float().masked_fill(padding, float("-inf")).transpose(0, 1).contiguous()
+    ignored = labels == IGNORED
+    loss = model.compute_language_model_loss(labels.masked_fill(ignored, 0), masked).masked_fill(ignored, 0)
     whole = gather_from_tensor_model_parallel_region(part)[..., :vocab_size]
-    return _over_context(whole.contiguous(), cp), loss
+    return _over_context(whole.contiguous(), cp), _over_context(loss, cp)
 
 
 def _over_context(part: Tensor, size: int) -> Tensor:
@@ -225,30 +238,6 @@ def _over_context(part: Tensor, size: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _rotating_by(model: Any, positions: Tensor | None) -> Iterator[None]:
-    """Let `model` rotate by `positions` `[b s]` (whole sequences): Megatron-Core's own RoPE knows only 0 to s - 1."""
-    if positions is None:
-        yield
-        return
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import get_pos_emb_on_this_cp_rank
-
-    embedding = model.rotary_pos_emb
-
-    def angles(*_: Any, **__: Any) -> Tensor:
-        frequencies = positions.t().float()[..., None] * embedding.inv_freq  # [s b d/2]
-        rotation = torch.cat([frequencies, frequencies], dim=-1)[:, :, None]  # [s b 1 d]
-        if embedding.cp_group is not None and embedding.cp_group.size() > 1:
-            rotation = get_pos_emb_on_this_cp_rank(rotation, 0, embedding.cp_group)
-        return rotation
-
-    embedding.forward = angles
-    try:
-        yield
-    finally:
-        del embedding.forward
-
-
-@contextlib.contextmanager
 def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Dropout off, and as it was afterwards."""
     training = [chunk.training for chunk in chunks]
@@ -259,15 +248,6 @@ def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for chunk, was in zip(chunks, training, strict=True):
             chunk.train(was)
-
-
-def _default_positions(tokens: Tensor) -> Tensor:
-    return torch.arange(tokens.size(1)).expand_as(tokens)
-
-
-def _extend(rows: Tensor, missing: int) -> Tensor:
-    """`[b s]` with `missing` zeros at the end of each row."""
-    return torch.nn.functional.pad(rows, (0, missing))
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from converters.errors import near
+from parity.ci import refusal
 
 if TYPE_CHECKING:
     from parity.subjects import Size, Weights
@@ -20,6 +21,9 @@ Parse = Callable[[str], Any]
 
 BACKENDS: tuple[str, ...] = ("megatron",)
 """What a model is compared with. A new backend is a new name here and an observer in `parity.observe`."""
+
+SUFFIXES = (".json", ".md", ".html")
+"""What the file of a report may end in, which says what is written into it."""
 
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 
@@ -46,6 +50,10 @@ class Options:
     rank_timeout: float
     converter: str
     max_floors: float
+    parity_report: tuple[Path, ...]
+    against: str | None
+    golden: Path | None
+    regen_golden: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,7 @@ class Option:
         many: A comma list, each value once.
         flag: Takes no value on the command line.
         in_files: May stand in an ini file or in `[tool.parity]`.
+        repeated: Given several times, the comma lists add up instead of the last one counting.
     """
 
     name: str
@@ -71,11 +80,12 @@ class Option:
     many: bool = False
     flag: bool = False
     in_files: bool = True
+    repeated: bool = False
 
     @property
     def dest(self) -> str:
         """The name in pytest's own namespace, out of the way of other plugins, and in an ini file."""
-        return f"parity_{self.key}"
+        return f"parity_{self.key.removeprefix('parity_')}"
 
     @property
     def key(self) -> str:
@@ -89,7 +99,18 @@ class Option:
         shared = {"dest": self.dest, "default": None, "help": (self.meaning + default).replace("%", "%%")}
         if self.flag:
             return {**shared, "action": "store_const", "const": "on"}
-        return {**shared, "action": "store", "metavar": self.values}
+        return {**shared, "action": Joined if self.repeated else "store", "metavar": self.values}
+
+
+class Joined(argparse.Action):
+    """Joins the comma lists of an option that is given several times."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Add `values` to what was given before."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def _text(text: str) -> str:
@@ -126,6 +147,12 @@ def _floors(text: str) -> float:
     return floors
 
 
+def _report(text: str) -> Path:
+    if Path(text).suffix not in SUFFIXES:
+        raise ValueError(f"expected a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, found {text!r}")
+    return Path(text)
+
+
 def _one_of(*known: str) -> Parse:
     def parse(text: str) -> str:
         if text not in known:
@@ -137,6 +164,13 @@ def _one_of(*known: str) -> Parse:
 
 def _switch(text: str) -> bool:
     return bool(_one_of("off", "on")(text) == "on")
+
+
+def _by_hand(text: str) -> bool:
+    on = _switch(text)
+    if on and (reason := refusal("making goldens anew")):
+        raise ValueError(reason)
+    return on
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -214,6 +248,14 @@ OPTIONS: tuple[Option, ...] = (
         meaning="How long ranks may take over one check before it fails with every rank's stack.",
     ),
     Option(
+        name="against",
+        parse=_text,
+        values="NAME",
+        default="",
+        meaning="Another checkpoint, held against the model instead of running the suite; also `parity compare A B`.",
+        in_files=False,
+    ),
+    Option(
         name="max-floors",
         parse=_floors,
         values="N",
@@ -227,14 +269,42 @@ OPTIONS: tuple[Option, ...] = (
         default="llama-parity",
         meaning="The converter to check: this package's own, an entry point of `parity.converters`, or any object.",
     ),
+    Option(
+        name="golden",
+        parse=Path,
+        values="DIR",
+        default="",
+        meaning="Where golden values are, one folder a model; given, every model must have some"
+        " (default: golden, for the models it has).",
+    ),
+    Option(
+        name="regen-golden",
+        parse=_by_hand,
+        values="",
+        default="off",
+        meaning="Write the golden values of the models anew; not under CI.",
+        flag=True,
+        in_files=False,
+    ),
+    Option(
+        name="parity-report",
+        parse=_report,
+        values="FILE[,FILE]",
+        default="",
+        meaning="Write a report at the end: FILE ends in .json, .md or .html.",
+        many=True,
+        repeated=True,
+    ),
 )
 
 MODEL = OPTIONS[0]
 
 
-def add_to_argparse(parser: argparse.ArgumentParser) -> None:
-    """Add every option but the model, which `parity check` takes by position."""
+def add_to_argparse(parser: argparse.ArgumentParser, *, but: Sequence[str] = ()) -> None:
+    """Add every option but the model, which `parity check` takes by position, and those named in `but`."""
     for option in OPTIONS[1:]:
+        if option.name in but:
+            continue
         parser.add_argument(f"--{option.name}", **option.arguments)
 
 
@@ -298,6 +368,7 @@ def resolve(
         raise pytest.UsageError("\n".join(wrong))
     found["weights"] = found["weights"] or ("seeded" if found["size"] == "tiny" else "checkpoint")
     found["models"] = found.pop("model")
+    found["parity_report"] = found["parity_report"] or ()
     assert set(found) == {field.name for field in fields(Options)}
     return Options(**found)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,7 +21,8 @@ from converters.errors import ConversionError
 from parity.case import Case, matrix
 from parity.options import OPTIONS, Options, resolve, tool_table
 from parity.record import Record
-from parity.report import CASE_PROPERTY, write
+from parity.report_facts import CASE_PROPERTY
+from parity.report_run import claim_all, summarise
 
 if TYPE_CHECKING:
     from parity.ranks import Zygote
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SUITE = "parity.suite"
 """The package whose checks `--model` runs when no path is given."""
+COMPARISON = "parity.suite.comparison"
+"""The package that takes its place with `--against`."""
 
 VERSIONED = ("llama-parity", "torch", "transformers", "megatron-core", "transformer-engine")
 
@@ -39,6 +43,8 @@ class State:
     options: Options
     cases: list[Case] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+    interrupted: bool = False
 
 
 STATE = pytest.StashKey[State]()
@@ -85,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STATE] = State(options=resolve(command_line, ini, tool_table(config.invocation_params.dir)))
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         # A package by name, not a folder: the conftest files above it do not apply to it.
-        config.args = [SUITE]
+        config.args = [COMPARISON if config.stash[STATE].options.against else SUITE]
         config.option.pyargs = True
     if any(
         Path(config.invocation_params.dir, model) == config.rootpath for model in config.stash[STATE].options.models
@@ -99,6 +105,10 @@ def _suite_folder() -> Path:
     module = importlib.import_module(SUITE)
     assert module.__file__ is not None
     return Path(module.__file__).parent
+
+
+def _suite_folders() -> tuple[Path, Path]:
+    return _suite_folder(), _suite_folder() / "comparison"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -122,6 +132,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             f"none of the {len(state.left_out)} combinations asked for is possible\n{reasons}\n"
             "Ask for other sizes of --tp, --pp, --vpp, --cp or another --sp"
         )
+    claim_all(session.config, state.options.parity_report)
     session.config.pluginmanager.register(_case_fixture(state.cases))
 
 
@@ -183,7 +194,11 @@ def _version(distribution: str) -> str | None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Keep a collection of everything (`pytest .`) out of the suite when there is no model to check."""
+    """Keep a collection of everything (`pytest .`) out of the suite when there is no model to check, and the suite from
+    the comparison of two.
+    """
+    if collection_path == _suite_folder() / "comparison":
+        return config.args != [COMPARISON] or None
     if STATE in config.stash or collection_path != _suite_folder():
         return None
     asked = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
@@ -193,7 +208,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Collect the suite's modules whatever the ini file's patterns for file names are."""
-    if file_path.parent != _suite_folder() or not file_path.match("test_*.py"):
+    if file_path.parent not in _suite_folders() or not file_path.match("test_*.py"):
         return None
     if parent.session.isinitpath(file_path) or any(map(file_path.match, parent.config.getini("python_files"))):
         return None  # pytest collects it
@@ -227,14 +242,32 @@ def _case_under(item: pytest.Item) -> Case | None:
 
 
 def _in_suite(node: pytest.Item | pytest.Collector) -> bool:
-    return node.path.parent == _suite_folder()
+    return node.path.parent in _suite_folders()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Note whether tests were left unrun, as after Ctrl-C or with -x."""
+    state = session.config.stash.get(STATE, None)
+    if state is not None:
+        stopped = bool(session.shouldfail or session.shouldstop)
+        state.interrupted = stopped or exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write the table of measurements."""
+    """Write the table of measurements, and the report files that were asked for."""
     state = config.stash.get(STATE, None)
     if state is not None and not config.option.collectonly:
-        write(terminalreporter, [case.id for case in state.cases], len(state.left_out))
+        versions = {name: version for name in VERSIONED if (version := _version(name))}
+        summarise(
+            terminalreporter,
+            options=state.options,
+            cases=state.cases,
+            left_out=state.left_out,
+            versions=versions,
+            started=state.started,
+            interrupted=state.interrupted,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from parity.findings import Finding, Map, Measurement
+from parity.findings import Account, Finding, Map, Measurement
 
 PROPERTY = "parity"
 """Name of the user property that carries one measurement from the test to the report."""
 PICTURE = "parity_picture"
 """Name of the user property that carries one picture: its fields, and `kind`, `lines` or `map`."""
+
+ACCOUNT = "parity_account"
+"""Name of the user property that carries one account of names: its title and its rows."""
 
 
 class Record:
@@ -53,6 +56,9 @@ class Record:
 
     def _keep(self, finding: Finding) -> str:
         """Store one finding; the failure message, or an empty string."""
+        if isinstance(finding, Account):
+            self._store(ACCOUNT, asdict(finding))
+            return ""
         if not isinstance(finding, Measurement):
             kind = "map" if isinstance(finding, Map) else "lines"
             self._store(PICTURE, {"kind": kind, **asdict(finding)})

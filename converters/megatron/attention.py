@@ -56,7 +56,9 @@ def zigzag_unsplit(gathered: torch.Tensor, size: int, dim: int = 1) -> torch.Ten
 
 
 class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
-    """Causal attention of this rank's queries over the whole context, keys and values gathered from the CP group.
+    """Attention of this rank's queries over the whole context, keys and values gathered from the CP group.
+
+    Causal, or by an explicit mask.
 
     The arithmetic follows Megatron-Core's local `DotProductAttention` step by step (scaled scores in the activations'
     dtype, softmax in float32 where the config says so), so that the two differ by the order of summation alone.
@@ -64,7 +66,8 @@ class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatro
     Raises:
         ConfigError: The config asks for what this attention does not do.
 
-    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/dot_product_attention.py `DotProductAttention`.
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/dot_product_attention.py `DotProductAttention`,
+        and for how a mask is cut megatron/core/utils.py `get_batch_on_this_cp_rank`.
     """
 
     def __init__(
@@ -111,7 +114,8 @@ class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatro
             query: `[s/cp b heads/tp d]`, rotated.
             key: `[s/cp b groups/tp d]`, rotated.
             value: `[s/cp b groups/tp d]`.
-            attention_mask: Must be `None`: the mask is causal.
+            attention_mask: `[b 1 s/cp s]` bool, true where a key is hidden: this rank's queries by all keys, these in
+                the order of the sequence; as Megatron-Core cuts a mask for context parallelism. `None` is causal.
             attn_mask_type: Ignored, as in Megatron-Core's own.
             attention_bias: Must be `None`.
             packed_seq_params: Must be `None`.
@@ -119,9 +123,9 @@ class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatro
         Returns:
             `[s/cp b (heads d)/tp]`, in the dtype of `query`.
         """
-        given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packing": packed_seq_params}
+        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
         if extra := [name for name, item in given.items() if item is not None]:
-            raise ConfigError(f"local attention under context parallelism is causal only, found {', '.join(extra)}")
+            raise ConfigError(f"local attention under context parallelism takes a mask only, found {', '.join(extra)}")
         size, rank = self.group.size(), self.group.rank()
         key = gather_from_sequence_parallel_region(key.contiguous(), group=self.group)
         value = gather_from_sequence_parallel_region(value.contiguous(), group=self.group)
@@ -133,11 +137,18 @@ class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatro
         # [s b n d] -> [b*n s d]
         q, k, v = (t.reshape(t.size(0), batch * heads, channels).transpose(0, 1) for t in (query, key, value))
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0.0, alpha=self.scale)
-        future = zigzag_order(keys, size) > zigzag_positions(keys, size, rank)[:, None]  # [queries keys]
+        order = zigzag_order(keys, size)  # the gathered keys', which a mask does not have
+        if attention_mask is None:
+            hidden = order > zigzag_positions(keys, size, rank)[:, None]  # [queries keys]
+        elif attention_mask.shape != (batch, 1, queries, keys):
+            expected = [batch, 1, queries, keys]
+            raise ConfigError(f"expected an attention mask {expected}, found {list(attention_mask.shape)}")
+        else:
+            hidden = attention_mask.index_select(3, order.to(attention_mask.device))
         dtype = scores.dtype
         if self.softmax_in_fp32:
             scores = scores.float()
-        scores = attention_mask_func(scores, future.to(scores.device))
-        weights = torch.softmax(scores, dim=-1).to(dtype)
+        scores = attention_mask_func(scores.view(batch, heads, queries, keys), hidden.to(scores.device))
+        weights = torch.softmax(scores, dim=-1).to(dtype).view(batch * heads, queries, keys)
         context = torch.bmm(weights, v).view(batch, heads, queries, channels)
         return context.permute(2, 0, 1, 3).reshape(queries, batch, heads * channels)

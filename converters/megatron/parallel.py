@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 
 from converters.errors import TopologyError
 from converters.megatron import runtime
@@ -65,6 +71,22 @@ def current_coord() -> Coord:
         etp=parallel_state.get_expert_tensor_parallel_rank(),
         edp=parallel_state.get_expert_data_parallel_rank(),
     )
+
+
+def mark_cuts(model: torch.nn.Module) -> None:
+    """Mark the weights that are cut over tensor parallelism, where Megatron-Core did not.
+
+    Its 0.16 marks a weight only where it also initialises it. Unmarked, the weights of every rank but the first count
+    as copies: the norm of all gradients, and with it how far they are clipped, comes out wrong.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/tensor_parallel/layers.py `_initialize_affine_weight_gpu` and
+        `param_is_not_tensor_parallel_duplicate`; core_v0.19.2 marks in either case.
+    """
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dims[type(module)], 1)
 
 
 def shutdown() -> None:

@@ -303,6 +303,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
         for hook in [hooks] if callable(hooks) else hooks:
             chunks = hook(chunks) or chunks
         for chunk in chunks:
+            parallel.mark_cuts(chunk)
             for parameter in chunk.parameters():
                 set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             chunk.to(torch.cuda.current_device())

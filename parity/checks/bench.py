@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from parity.case import Case
 from parity.converter import Converter, Named, Settings
 from parity.devices import device_of
+from parity.findings import Finding, Measurement
+from parity.rank_failure import RankFailure
+from parity.refusals import causes_of
 from parity.subjects import Subject
 
 if TYPE_CHECKING:
@@ -21,6 +25,34 @@ if TYPE_CHECKING:
 
 class NotApplicable(Exception):
     """What a check raises, before it does anything, where it has nothing to say of a case; the reason is shown."""
+
+
+Check = Callable[["Bench"], Iterator[Finding]]
+
+
+def measures(name: str) -> Callable[[Check], Check]:
+    """Makes a failing measurement `name`, with the causes that it names, of a failed rank in a check."""
+
+    def decorate(check: Check) -> Check:
+        @functools.wraps(check)
+        def run(bench: Bench) -> Iterator[Finding]:
+            try:
+                yield from check(bench)
+            except RankFailure as failure:
+                where = f"rank {failure.rank}" + f" ({failure.coord})" * bool(failure.coord)
+                yield Measurement.proved(
+                    name,
+                    count=bench.case.topology.world_size,
+                    unit="ranks",
+                    unproved=[where],
+                    where=where,
+                    detail=str(failure),
+                    causes=causes_of(failure),
+                )
+
+        return run
+
+    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)

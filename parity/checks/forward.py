@@ -1,79 +1,75 @@
-"""The imported model computes what transformers computes, on every token."""
+"""The imported model computes what transformers computes: every token of every probe."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from parity.bounds import Distance, allowed, floor, largest, nearness, rms
+from converters.topology import Topology
+from parity.bounds import Distance, Floats, Spread, allowed, largest, nearness, rms, worst
 from parity.case import Case
 from parity.checks.bench import Bench
 from parity.devices import device_of
-from parity.findings import Finding, Measurement
-from parity.probes import Probe, probe
+from parity.findings import Finding, Lines, Measurement
+from parity.localise import explained
+from parity.probes import Probe, probes
 
 if TYPE_CHECKING:
-    from parity.measure import References
+    from parity.forward_in_ranks import Reference
+    from parity.observe import Observation
+
+    Asked = tuple[tuple[Probe, ...], list[Reference]]
+
+LOOK = (
+    "weights alone are checked bit for bit by 'import, coded': if that passes, look at the config ledger (rope, eps, "
+    "head_dim, activation) before the tensors"
+)
 
 
-def asked(bench: Bench) -> tuple[Probe, References]:
-    """The probe of this case's model, and what transformers says to it in the case's precision; asked once."""
+def asked(bench: Bench) -> Asked:
+    """The probes of this case's model, and what transformers says to each in the case's precision; asked once."""
 
-    def ask() -> tuple[Probe, References]:
+    def ask() -> Asked:
         subject = bench.subject
-        found = probe(subject.config, subject.folder, prose=subject.weights != "seeded")
-        return found, bench.alone("measure:references", subject.folder, found, bench.case.precision)
+        found = probes(subject.config, subject.folder, prose=subject.weights != "seeded")
+        return found, bench.alone("forward_in_ranks:references", subject.folder, found, bench.case.precision)
 
-    found: tuple[Probe, References] = bench.shared.once(("asked", bench.case.slug, bench.case.precision), ask)
+    found: Asked = bench.shared.once(("asked", bench.case.slug, bench.case.precision), ask)
     return found
 
 
+@explained
 def logits_and_loss(bench: Bench) -> Iterator[Finding]:
-    """Logits and loss of every token, within a bound measured in this run (see `parity.bounds`)."""
+    """Logits and loss of every token of every probe, within bounds measured in this run (see `parity.bounds`)."""
     case = bench.case
-    probe, said = asked(bench)
-    if not all(np.isfinite(one.logits).all() for one in (said.eager, *said.others)):
+    questions, references = asked(bench)
+    if broken := [probe.name for probe, reference in zip(questions, references, strict=True) if not reference.finite]:
         yield Measurement.proved(
             "reference",
-            count=1,
-            unit="references",
+            count=len(questions),
+            unit="probes",
             unproved=[
-                f"transformers itself gives logits that are no numbers for {bench.subject.folder}: look for NaN and "
-                "infinity in the checkpoint's tensors; nothing can be compared"
+                f"transformers itself gives logits that are no numbers for {bench.subject.folder}, asked {name}: look "
+                "for NaN and infinity in the checkpoint's tensors; nothing can be compared"
+                for name in broken
             ],
         )
         return
-    found = bench.ranks("measure:forward", bench.converter, bench.subject.folder, bench.settings, probe)
-    (actual,) = [one for one in found if one is not None]
-    for check, of in (("logits", attrgetter("logits")), ("loss", attrgetter("loss"))):
-        exact = of(said.eager)
-        if case.precision == "fp32":
-            spread = floor([exact, *(of(other) for other in said.others)])
-            bound = allowed(spread, float(np.abs(exact).max()), case.max_floors)
-            distance = largest(of(actual), exact)
-            unit, detail = "max |Δ|", f"floor {spread:.2e}: transformers against itself, evaluated otherwise"
-        else:
-            near = max(rms(of(one), of(said.oracle)).value for one in (said.eager, *said.others))
-            bound = nearness(near, case.topology.tp, case.max_floors)
-            distance = rms(of(actual), of(said.oracle))
-            unit, detail = "rms from fp32", f"transformers' own distance from its float32 oracle: {near:.2e}"
-        yield Measurement.within(
-            check,
-            measured=distance.value,
-            bound=bound,
-            unit=unit,
-            where=_place(distance),
-            detail=f"{detail}\nprobe: {probe.name}\nweights alone are checked bit for bit by 'import, coded': if that "
-            "passes, look at the config ledger (rope, eps, head_dim, activation) before the tensors",
-        )
+    found = bench.ranks("forward_in_ranks:forward", bench.converter, bench.subject.folder, bench.settings, questions)
+    (answers,) = [one for one in found if one is not None]
+    yield _numbers(questions, answers)
+    for probe, reference, answer in zip(questions, references, answers, strict=True):
+        yield from _compared(case, probe, reference, answer)
     if exactly(case, bench.subject.config):
-        differing = int((actual.logits != said.eager.logits).sum())
+        actual, expected = answers[0].logits, references[0].expected.logits
+        differing = int((actual != expected).sum())
         names = [f"{differing:,} logits"] if differing else []
-        yield Measurement.equal("logits, to the bit", count=actual.logits.size, unit="logits", differing=names)
+        yield Measurement.equal("logits, to the bit", count=actual.size, unit="logits", differing=names)
 
 
 def exactly(case: Case, config: Mapping[str, Any]) -> bool:
@@ -91,6 +87,115 @@ def exactly(case: Case, config: Mapping[str, Any]) -> bool:
     return one and case.precision == "fp32" and device_of(case) == "cpu" and math.log2(head_dim) % 2 == 0
 
 
-def _place(distance: Distance) -> str:
+def _numbers(questions: tuple[Probe, ...], answers: list[Observation]) -> Measurement:
+    """Every answer is a number, at padding too: what is not compared could still reach what is."""
+    strange = []
+    for probe, answer in zip(questions, answers, strict=True):
+        bad = ~np.isfinite(answer.logits)
+        if bad.any():
+            first = tuple(np.argwhere(bad)[0].tolist())
+            strange.append(f"{probe.name}: {int(bad.sum()):,}; the first, {answer.logits[first]}, at {_words(first)}")
+        if not np.isfinite(answer.loss).all():
+            strange.append(f"{probe.name}: the loss of {int((~np.isfinite(answer.loss)).sum()):,} tokens")
+    count = sum(answer.logits.size for answer in answers)
+    return Measurement.proved("logits, all numbers", count=count, unit="logits", unproved=strange)
+
+
+def _compared(case: Case, probe: Probe, reference: Reference, answer: Observation) -> Iterator[Finding]:
+    """One probe: the reference itself where that could leak, then logits and loss of the model under test."""
+    expected, seen, labelled = reference.expected, np.argwhere(probe.compared), np.argwhere(probe.labelled)
+    question = f"probe: {probe.name}; {probe.about}"
+    if reference.together is not None:
+        said = "transformers asked for the whole probe, held against transformers asked for each sequence alone"
+        yield from held(
+            f"transformers, {probe.name}",
+            reference.together.logits,
+            expected.logits,
+            reference.logits,
+            at=seen,
+            case=replace(case, topology=Topology()),
+            detail=f"{said}\n{question}",
+        )
+    detail = f"{question}\n{LOOK}"
+    logits = held(
+        f"logits, {probe.name}", answer.logits, expected.logits, reference.logits, at=seen, case=case, detail=detail
+    )
+    yield from logits
+    yield from held(
+        f"loss, {probe.name}", answer.loss, expected.loss, reference.loss, at=labelled, case=case, detail=detail
+    )
+    yield _picture(case, probe, reference, answer, logits)
+
+
+def held(
+    check: str, actual: Floats, expected: Floats, spread: Spread, *, at: npt.NDArray[np.intp], case: Case, detail: str
+) -> list[Measurement]:
+    """Distances beside their bounds: in float32 the largest, below it those from the oracle.
+
+    Args:
+        check: What is compared.
+        actual: `[b s v]` or `[b s]`.
+        expected: Likewise.
+        spread: Of the reference.
+        at: Row and token of what is compared.
+        case: Says precision, layout and floors.
+        detail: Of each measurement.
+    """
+    mine, theirs = (array[at[:, 0], at[:, 1]] for array in (actual, expected))
+    tp, floors = case.topology.tp, case.max_floors
+
+    def measurement(name: str, distance: Distance, bound: float, unit: str, about: str, where: str) -> Measurement:
+        return Measurement.within(
+            name, measured=distance.value, bound=bound, unit=unit, where=where, detail=f"{about}\n{detail}"
+        )
+
+    def place(where: tuple[int, ...]) -> str:
+        return _words((*at[where[0]].tolist(), *where[1:]))
+
+    if case.precision == "fp32":
+        distance = largest(mine, theirs)
+        bound = allowed(spread.largest, float(np.abs(theirs).max()), floors)
+        about = f"floor {spread.largest:.2e}: transformers against itself, evaluated otherwise"
+        return [measurement(check, distance, bound, "max |Δ|", about, place(distance.where))]
+    about = "transformers' own distance from its float32 oracle: {:.2e}"
+    whole = rms(mine, theirs)
+    found = [
+        measurement(
+            check,
+            whole,
+            nearness(spread.rms, tp, floors),
+            "rms from fp32",
+            about.format(spread.rms),
+            place(whole.where),
+        )
+    ]
+    if mine.ndim == 2:
+        token, row = worst(mine, theirs, axis=1), worst(mine, theirs, axis=0)
+        for name, distance, own, where in (
+            ("worst token", token, spread.token, place(token.where)),
+            ("worst row", row, spread.row, f"vocabulary row {row.where[0]}"),
+        ):
+            bound = nearness(own, tp, floors)
+            found.append(measurement(f"{check}, {name}", distance, bound, "rms from fp32", about.format(own), where))
+    return found
+
+
+def _picture(case: Case, probe: Probe, reference: Reference, answer: Observation, logits: list[Measurement]) -> Lines:
+    """Error by token: in float32 the largest over the vocabulary, below it the root mean square."""
+    exact = case.precision == "fp32"
+    difference = np.abs(answer.logits - reference.expected.logits)
+    by_token = difference.max(axis=2) if exact else np.sqrt(np.mean(difference**2, axis=2))
+    by_token = np.where(probe.compared, by_token, np.nan)
+    own, gate = (reference.logits.largest, logits[0]) if exact else (reference.logits.token, logits[1])
+    return Lines(
+        title=f"logits by token, {probe.name}",
+        x="token",
+        y="max |Δ| over the vocabulary" if exact else "rms from fp32 over the vocabulary",
+        curves={f"sequence {row}": [float(value) for value in values] for row, values in enumerate(by_token)},
+        marks={"floor" if exact else "transformers": own, "gate": float(gate.bound or 0)},
+    )
+
+
+def _words(index: tuple[int, ...]) -> str:
     names = ("sequence", "token", "vocabulary row")
-    return ", ".join(f"{name} {at}" for name, at in zip(names, distance.where, strict=False))
+    return ", ".join(f"{name} {at}" for name, at in zip(names, index, strict=False))

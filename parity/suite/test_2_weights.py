@@ -15,6 +15,16 @@ def test_import(run: Run) -> None:
     run(weights.imported)
 
 
+def test_config_in_the_model(run: Run) -> None:
+    """The built model computes with what its config demands, by transformers' own reading of it: eps, rope, sizes."""
+    run(weights.config_in_the_model)
+
+
+def test_coverage(run: Run) -> None:
+    """Every tensor name and every config field of both sides is accounted for: moved, derived, constant or dropped."""
+    run(weights.coverage)
+
+
 def test_export(run: Run) -> None:
     """A model set up by the independent statement exports the checkpoint that the statement was made from."""
     run(weights.exported)

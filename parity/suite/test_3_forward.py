@@ -11,5 +11,5 @@ Run = Callable[[Any], None]
 
 
 def test_logits_and_loss(run: Run) -> None:
-    """Logits and loss of every token, within a bound measured in this run (see `parity.bounds`)."""
+    """Logits and loss of every token of every probe, within bounds measured in this run (see `parity.bounds`)."""
     run(forward.logits_and_loss)

@@ -9,7 +9,7 @@ import torch
 from tiny_llama import Tiny
 
 from converters.megatron import runtime
-from parity.observe import Observation, hf_logits
+from parity.observe import Observation, hf_observation
 from parity.ranks import Zygote
 
 
@@ -55,7 +55,7 @@ def test_cuda_is_redirected(zygote: Zygote) -> None:
 def loaded_after(tiny: Tiny) -> Observation:
     """In a rank: transformers loads and runs with the redirects live."""
     runtime.install()
-    return hf_logits(tiny.folder, tiny_llama.probe(tiny)[0])
+    return hf_observation(tiny.folder, tiny_llama.asked(tiny))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the runtime is for machines without a GPU")
@@ -63,7 +63,7 @@ def test_transformers_sees_no_difference(models: dict[str, Tiny], zygote: Zygote
     """With torch's factories patched instead, the reference itself would be garbage, without an error."""
     tiny = models["untied"]
     (live,) = zygote.run(loaded_after, tiny, timeout=60)
-    np.testing.assert_array_equal(live.logits, hf_logits(tiny.folder, tiny_llama.probe(tiny)[0]).logits)
+    np.testing.assert_array_equal(live.logits, hf_observation(tiny.folder, tiny_llama.asked(tiny)).logits)
 
 
 def test_a_gpu_is_never_redirected(monkeypatch: pytest.MonkeyPatch) -> None:

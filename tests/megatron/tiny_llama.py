@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from converters.topology import Topology
+from parity.probes import Probe
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -188,6 +189,13 @@ def probe(tiny: Tiny, batch: int = 3, length: int = 16) -> tuple[torch.Tensor, t
     stream[0, :2] = torch.tensor([0, vocab - 1])
     stream[-1, -1] = vocab - 1
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def asked(tiny: Tiny, length: int = 16, positions: torch.Tensor | None = None) -> Probe:
+    """The same as a probe."""
+    tokens, labels = (part.numpy() for part in probe(tiny, length=length))
+    places = None if positions is None else positions.numpy()
+    return Probe(name="tiny", tokens=tokens, labels=labels, positions=places)
 
 
 def backward(tiny: Tiny, topology: Topology) -> float:

@@ -1,0 +1,258 @@
+"""What transformers says of a model for its golden. Runs in a fresh process, without Megatron-Core and without a group.
+
+Everything is evaluated in float32 on the CPU, and more than once: with plain and with fused attention, sequences
+together and one by one. These are equal in exact arithmetic, and how far they differ is the noise floor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from parity.golden import Quantity, Values, digest_of_array
+from parity.golden_values import from_logits, relative_floor, signs, top
+from parity.probes import IGNORED, Probe
+from parity.shards import read_entries
+
+STEPS = 5
+CURVE_TOKENS = 8
+"""Of each sequence: what the loss curve is trained on."""
+LEARNING_RATE = 1e-4
+TRAIN_ALL_UP_TO = 10_000_000
+"""Parameters. Of a larger model the loss curve trains the first and the last layer and the final norm: memory for
+gradients and moments of all of it would take longer than everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one process found.
+
+    Attributes:
+        places: As in a golden.
+        quantities: The values of plain attention, with the floors measured here.
+        digests: Of the weights, and of all logits to the bit.
+        versions: Of what computed them.
+    """
+
+    places: npt.NDArray[np.int64]
+    quantities: dict[str, Quantity] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(folder: Path, probe: Probe, places: npt.NDArray[np.int64] | None = None) -> Evaluation:
+    """Measure every quantity of the model in `folder`.
+
+    Args:
+        folder: A Hugging Face checkpoint.
+        probe: Tokens and labels; whole sequences.
+        places: Which logits to keep; by default the largest ones of each token.
+    """
+    import transformers
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    trained = _trained(model)
+    before = [parameter.detach().clone() for parameter in trained]
+    said = _Said(probe, places, at_once=len(probe.tokens))
+    said.backward(model)
+    one_by_one = _Said(probe, said.places, at_once=1)
+    one_by_one.forward(model)
+    said.curve(model, trained)
+    with torch.no_grad():
+        for parameter, value in zip(trained, before, strict=True):
+            parameter.copy_(value)
+    model.set_attn_implementation("sdpa")
+    _reverse(model)
+    fused = _Said(probe, said.places, at_once=1, reversed_axes=True)
+    fused.backward(model)
+    fused.curve(model, trained)
+
+    layers = model.config.num_hidden_layers
+    points = (*(f"into layer {i}" for i in range(layers)), "out of the final norm")
+    kinds: dict[str, dict[str, Any]] = {
+        "logits, largest": {"axes": ("sequence", "token", "place")},
+        "logits, log-sum-exp": {"axes": ("sequence", "token")},
+        "logits, signed sums": {"axes": ("sequence", "token", "sum")},
+        "loss": {"axes": ("sequence", "token")},
+        "layers": {"axes": ("point", "mean, rms, largest"), "alike": 1, "names": points},
+        "activations": {"axes": ("point", "sequence", "token", "rms, signed sum"), "alike": 3, "names": points},
+        "gradients": {
+            "axes": ("key", "norm, signed sum"),
+            "alike": 1,
+            "names": tuple(name for name, _ in model.named_parameters()),
+        },
+        "loss curve": {"axes": ("step",)},
+    }
+    quantities = {}
+    for name, kind in kinds.items():
+        evaluations = [one.values[name] for one in (said, fused, one_by_one) if name in one.values]
+        spread = relative_floor(evaluations, kind.get("alike", 0))
+        quantities[name] = Quantity(values=evaluations[0], floor=spread, **kind)
+    return Evaluation(
+        places=said.places,
+        quantities=quantities,
+        digests={"weights": weights_digest(folder), "logits": said.logits_digest},
+        versions={
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+    )
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over every tensor in the order of keys: key, dtype, shape, bytes. Over files, a stream of pieces."""
+    digest = hashlib.sha256()
+    for key, entry in sorted(read_entries(folder).items()):
+        digest.update(f"{key} {entry.dtype} {list(entry.shape)}\n".encode())
+        for piece in entry.chunks():
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _trained(model: Any) -> list[torch.nn.Parameter]:
+    """What the loss curve trains."""
+    if model.num_parameters() <= TRAIN_ALL_UP_TO:
+        return list(model.parameters())
+    ends = (model.model.layers[0], model.model.layers[-1], model.model.norm)
+    return [parameter for module in ends for parameter in module.parameters()]
+
+
+def _reverse(model: Any) -> None:
+    """Put the hidden and the feed-forward axis of every parameter in the reverse order, which changes no logit.
+
+    Every sum over them then rounds in another order: in matrix products, norms and gradients alike. Without this, two
+    evaluations agree in all that does not depend on the attention kernel, as no two machines do.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameter.flip(_reversible(name)))
+
+
+def _reversible(name: str) -> tuple[int, ...]:
+    """The hidden and feed-forward axes of a parameter.
+
+    Source: huggingface/transformers 5.23.0, models/llama/modeling_llama.py (`LlamaAttention`, `LlamaMLP`).
+    """
+    module, kind = name.split(".")[-2:]
+    into, out_of = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+    if module in into:
+        hidden = () if kind == "bias" else (1,)
+        return ((0,) if module in ("gate_proj", "up_proj") else ()) + hidden
+    if module in out_of:
+        return (0, 1) if (module, kind) == ("down_proj", "weight") else (0,)
+    return (0,) if "norm" in module else (1,)
+
+
+class _Said:
+    """The values of one way to evaluate."""
+
+    def __init__(
+        self, probe: Probe, places: npt.NDArray[np.int64] | None, *, at_once: int, reversed_axes: bool = False
+    ) -> None:
+        self.tokens, self.labels = torch.from_numpy(probe.tokens), torch.from_numpy(probe.labels)
+        self.values: dict[str, Values] = {}
+        self._places = places
+        self._at_once = at_once
+        self._reversed = reversed_axes
+        self.logits_digest = ""
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        assert self._places is not None, "known once there are logits"
+        return self._places
+
+    def forward(self, model: Any) -> None:
+        """Logits, loss and activations."""
+        with torch.no_grad():
+            self._keep([_run(model, *rows) for rows in self._rows(None)])
+
+    def backward(self, model: Any) -> None:
+        """The same, and the gradient of the mean loss."""
+        model.zero_grad()
+        said = []
+        for tokens, labels in self._rows(None):
+            logits, states, loss = _run(model, tokens, labels)
+            (loss.sum() / (self.labels != IGNORED).sum()).backward()
+            said.append((logits.detach(), states, loss.detach()))
+        self._keep(said)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if self._reversed:
+            gradients = {name: gradient.flip(_reversible(name)) for name, gradient in gradients.items()}
+        rows = [_norm_and_sum(name, gradient) for name, gradient in gradients.items()]
+        self.values["gradients"] = np.array(rows, dtype=np.float64)
+
+    def curve(self, model: Any, trained: Sequence[torch.nn.Parameter]) -> None:
+        """The mean loss before each step of AdamW and after the last; changes the weights."""
+        count = (self.labels[:, :CURVE_TOKENS] != IGNORED).sum()
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        losses = []
+        for step in range(STEPS + 1):
+            optimizer.zero_grad()
+            total = 0.0
+            for tokens, labels in self._rows(CURVE_TOKENS):
+                loss = _run(model, tokens, labels)[2].sum() / count
+                total += loss.item()
+                if step < STEPS:
+                    loss.backward(inputs=list(trained))
+            losses.append(total)
+            if step < STEPS:
+                optimizer.step()
+        self.values["loss curve"] = np.array(losses, dtype=np.float32)
+
+    def _rows(self, length: int | None) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and labels of the first `length` places, as many sequences together as are run at once."""
+        parts = (whole[:, :length].split(self._at_once) for whole in (self.tokens, self.labels))
+        return list(zip(*parts, strict=True))
+
+    def _keep(self, said: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        logits, states, loss = (torch.cat(parts, dim) for parts, dim in zip(zip(*said, strict=True), (0, 1, 0), strict=True))
+        found = logits.numpy()
+        self.logits_digest = digest_of_array(found)
+        if self._places is None:
+            self._places = top(found)
+        self.values |= from_logits(found, loss.numpy(), self._places)
+        wide = states.flip(-1).double() if self._reversed else states.double()  # [point b s h]
+        rms = wide.square().mean(-1).sqrt()
+        sums = wide @ torch.from_numpy(signs("activations", wide.size(-1))).double() / wide.size(-1) ** 0.5
+        self.values["activations"] = torch.stack([rms, sums], dim=-1).float().numpy()
+        flat = wide.flatten(1)
+        layers = [flat.mean(1), flat.square().mean(1).sqrt(), flat.abs().amax(1)]
+        self.values["layers"] = torch.stack(layers, dim=-1).float().numpy()
+
+
+def _run(model: Any, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[b s v]`, hidden states `[layers + 1, b s h]` (the last one behind the final norm), loss `[b s]`."""
+    output = model(
+        input_ids=tokens,
+        position_ids=torch.arange(tokens.size(1)).expand_as(tokens),
+        attention_mask=torch.ones_like(tokens),  # without one, transformers looks for the seams of packed sequences
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    logits = output.logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return logits, torch.stack([state.detach() for state in output.hidden_states]), loss.view_as(labels)
+
+
+def _norm_and_sum(name: str, gradient: Tensor) -> tuple[float, float]:
+    """The norm, and the sum under signs that are a product over axes: any element that changes changes it by as much."""
+    total = gradient.double()
+    for size in reversed(gradient.shape):
+        total = total @ torch.from_numpy(signs(f"{name} {size}", size)).double()
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)), float(total)

@@ -1,0 +1,135 @@
+"""Training steps of transformers: the reference, evaluated several ways that are equal in exact arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parity.lessons import Lesson, Recipe
+from parity.probes import IGNORED
+
+Attention = Literal["eager", "sdpa"]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A few training steps of one evaluation.
+
+    Attributes:
+        losses: For each step `[rows s]` float64: the loss of each token before it, in nats; 0 where unlabelled.
+        norms: L2 norm of all gradients before each step.
+    """
+
+    losses: list[Floats]
+    norms: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """transformers on a few batches.
+
+    Attributes:
+        eager: Whole batches, plain attention; the gradients of its first batch are in the file.
+        others: The same otherwise: fused attention, rows one at a time and in the other order.
+        scales: For each Hugging Face key, the largest absolute gradient.
+        floors: For each key, the largest difference between the gradients of `eager` and of any other evaluation.
+        norm_floor: The largest L2 norm of the difference of all gradients, which bounds the difference of their norms.
+    """
+
+    eager: Course
+    others: list[Course]
+    scales: Mapping[str, float]
+    floors: Mapping[str, float]
+    norm_floor: float
+
+
+def reference(folder: Path, batches: Sequence[Lesson], recipe: Recipe, file: Path) -> Reference:
+    """Train, in one process, without Megatron's runtime.
+
+    Args:
+        folder: The checkpoint.
+        batches: One for each step.
+        recipe: The optimizer's constants.
+        file: Where the gradients of the first batch are written, as safetensors.
+    """
+    eager, gradients = _course(folder, batches, recipe, "eager", one_by_one=False)
+    save_file(gradients, file)
+    floors = dict.fromkeys(gradients, 0.0)
+    norm_floor = 0.0
+    others = []
+    ways: tuple[tuple[Attention, bool], ...] = (("eager", True), ("sdpa", False))
+    for attention, one_by_one in ways:
+        course, found = _course(folder, batches, recipe, attention, one_by_one=one_by_one)
+        others.append(course)
+        for key, gradient in found.items():
+            gradient -= gradients[key]
+            floors[key] = max(floors[key], float(gradient.abs().max()))
+        norm_floor = max(norm_floor, float(torch.nn.utils.get_total_norm(list(found.values()))))
+    return Reference(
+        eager=eager,
+        others=others,
+        scales={key: float(gradient.abs().max()) for key, gradient in gradients.items()},
+        floors=floors,
+        norm_floor=norm_floor,
+    )
+
+
+def _course(
+    folder: Path, batches: Sequence[Lesson], recipe: Recipe, attention: Attention, *, one_by_one: bool
+) -> tuple[Course, dict[str, Tensor]]:
+    """Train one step on each batch; the losses, and the gradients of the first."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    model.eval()  # as regards dropout
+    optimizer = adamw(model, recipe)
+    first: dict[str, Tensor] = {}
+    losses: list[Floats] = []
+    norms = []
+    for lesson in batches:
+        optimizer.zero_grad()
+        losses.append(backward(model, lesson, one_by_one=one_by_one).numpy())
+        if not first:
+            first = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        optimizer.step()
+    return Course(losses=losses, norms=norms), first
+
+
+def backward(model: Any, lesson: Lesson, *, one_by_one: bool) -> Tensor:
+    """Gradients of the mean loss over all labelled tokens; the loss of each token, `[rows s]` float64, 0 unlabelled."""
+    tokens, labels = torch.from_numpy(lesson.tokens), torch.from_numpy(lesson.labels)
+    labelled = (labels != IGNORED).sum()
+    parts = torch.arange(len(tokens)).flip(0).split(1) if one_by_one else (torch.arange(len(tokens)),)
+    losses = torch.zeros(labels.shape, dtype=torch.float64)
+    for part in parts:
+        logits = model(tokens[part], attention_mask=torch.ones_like(tokens[part]), use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[part].flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        (loss.sum() / labelled).backward()  # type: ignore[no-untyped-call]
+        losses[part] = loss.detach().double().view_as(labels[part])
+    return losses
+
+
+def adamw(model: Any, recipe: Recipe) -> torch.optim.AdamW:
+    """torch's AdamW with Megatron-Core's groups: no weight decay for parameters of one dim, norms and biases.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/optimizer/__init__.py `get_standard_config_overrides`; the
+        fallback to torch's AdamW without Transformer Engine and Apex is at the head of the same file.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)

@@ -1,0 +1,1 @@
+"""What `--against` runs in place of the suite: one checkpoint held against another."""
