@@ -1,9 +1,9 @@
 """Many rank-side calls of checks in one set of ranks, where each would otherwise fork its own.
 
-A check is a function that asks ranks once or twice. Here it is run until it asks, its question put beside those of other
-checks, and run again with the answer: what a check says does not depend on when its ranks ran. Ranks answer one question
-after the other. One that fails alike on every rank is an answer; one that fails on some ends the batch, and what comes
-after it goes into another.
+A check is a function that asks ranks once or twice. Here it is run until it asks, its question put beside those of
+other checks, and run again with the answer: what a check says does not depend on when its ranks ran. Ranks answer one
+question after the other. One that fails alike on every rank is an answer; one that fails on some ends the batch, and
+what comes after it goes into another.
 """
 
 from __future__ import annotations
@@ -211,11 +211,13 @@ def _keep_groups() -> None:
 
 
 def said_by(failure: RankFailure) -> str:
-    """What kind of failure it is: `refused` by a `ConversionError`, `hung`, `not here`, or `crashed`."""
+    """What kind of failure it is: `refused` by a `ConversionError`, `hung`, `not here`, `broken`, or `crashed`."""
     if failure.kind == "timeout":
         return "hung"
     last = [line for line in failure.traceback.splitlines() if line and not line.startswith((" ", "\t"))][-1:]
     kind = re.match(r"[\w.]*", last[0])[0] if last else ""  # type: ignore[index]  # it matches the empty string
     if kind.endswith("NotHereError"):
         return "not here"
+    if kind.endswith("InjectionError"):
+        return "broken"
     return "refused" if kind.startswith("converters.errors.") else "crashed"

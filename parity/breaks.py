@@ -7,11 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.errors import ConversionError
+
 INDEX = "model.safetensors.index.json"
 
 
-class NotHereError(Exception):
+class NotHereError(ConversionError):
     """The fault cannot be put here: the model, or the checkpoint, lacks the part."""
+
+
+class InjectionError(ConversionError):
+    """The injection of a fault failed, which says nothing of a check."""
 
 
 def require_index(folder: Path) -> None:
@@ -71,7 +77,10 @@ def _index_promises(folder: Path) -> None:
 
 
 def _index_lacks(folder: Path) -> None:
-    _in_index(folder, lambda where: where.pop("model.norm.weight") and None)
+    def change(where: dict[str, str]) -> None:
+        del where["model.norm.weight"]
+
+    _in_index(folder, change)
 
 
 def _shard_lost(folder: Path) -> None:
@@ -91,4 +100,5 @@ BREAKS: Mapping[str, Callable[[Path], None]] = {
     "index lacks": _index_lacks,
     "shard lost": _shard_lost,
     "nothing saved": _nothing_saved,
+    "the source's files": lambda _: None,
 }

@@ -14,4 +14,6 @@ def refusal(what: str) -> str:
     """Why `what` is not done under CI, or an empty string where this is not CI."""
     if not under_ci():
         return ""
-    return f"{what} is refused under CI (CI={os.environ['CI']}): do it where a person reads the difference, and commit it"
+    return (
+        f"{what} is refused under CI (CI={os.environ['CI']}): do it where a person reads the difference, and commit it"
+    )

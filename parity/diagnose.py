@@ -30,7 +30,7 @@ def diagnose(
     config: Mapping[str, Any],
     topology: Topology,
     *,
-    coded: bool = False,
+    table: Mapping[str, tuple[int, ...]] | None = None,
     homes: Mapping[str, str] | None = None,
 ) -> list[Cause]:
     """What explains the differences, most telling first; empty where there are none.
@@ -40,12 +40,13 @@ def diagnose(
         actual: What they hold.
         config: The HF config.
         topology: The parallel layout, for shards and stages.
-        coded: `expected` is a coded checkpoint in float32 (`parity.coded`).
+        table: Where `expected` is a coded checkpoint in float32, its tensors in the order of their codes.
         homes: For a tensor that is a copy of another (a tied head) that other one.
     """
     homes = homes or {}
-    numbering = Numbering({key: tuple(expected[key].shape) for key in expected if key not in homes})
-    origins: Origins = Coded(numbering) if coded else Matched(numbering, expected)
+    shapes = {key: tuple(expected[key].shape) for key in expected if key not in homes}
+    numbering = Numbering(dict(table) if table else shapes)
+    origins: Origins = Coded(numbering) if table else Matched(numbering, expected)
     traces = [
         Trace(keys=(key,), kind=kind, elements=side[key].size)
         for kind, side, other in (("missing tensors", expected, actual), ("extra tensors", actual, expected))
@@ -105,7 +106,7 @@ class _Tensor:
         kind, detail = _computed(right, found, wrong)
         if kind:
             return [self._trace(kind, wrong, detail=detail)]
-        for kind, mask in (("not numbers", ~np.isfinite(found)), ("zeros", found == 0)):
+        for kind, mask in (("not numbers", ~np.isfinite(found)), ("zeros", _zero_lines(found, wrong))):
             if (mask & wrong).any():
                 out.append(self._trace(kind, mask & wrong, _part(mask & wrong, self.tp)))
                 wrong &= ~mask
@@ -140,9 +141,9 @@ class _Tensor:
         out: list[Trace] = []
 
         def keep(kind: str, mask: Bools, detail: str = "", source: str = "", part: bool = False) -> None:
-            whole: Bools = wrong & (mask[:, None] if axis == 0 else mask[None])
-            out.append(self._trace(kind, whole, _part(whole, self.tp) if part else "", detail, source))
-            wrong[whole] = False
+            where: Bools = wrong & (mask[:, None] if axis == 0 else mask[None])
+            out.append(self._trace(kind, where, _part(where, self.tp) if part else "", detail, source))
+            wrong[where] = False
             lines[mask] = False
 
         home = self.numbering.key_of(self.start)
@@ -266,6 +267,14 @@ def _alike(right: Floats, found: Floats) -> bool:
     left, other = left - left.mean(), other - other.mean()
     norm = float(np.sqrt((left**2).sum() * (other**2).sum()))
     return norm > 0 and float((left * other).sum()) / norm > 0.5
+
+
+def _zero_lines(found: Floats, wrong: Bools) -> Bools:
+    """Rows and columns of zeros; of a vector its zeros, where they are most of what is wrong."""
+    zero: Bools = found == 0
+    if found.shape[1] == 1:
+        return zero if 2 * int((zero & wrong).sum()) >= int(wrong.sum()) else np.zeros_like(zero)
+    return zero & (zero.all(axis=1)[:, None] | zero.all(axis=0)[None])
 
 
 def _misshapen(key: str, right: Floats, found: Floats) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -46,11 +47,11 @@ class Scene:
         config = self.config
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         groups = config.get("num_key_value_heads") or heads
-        dim = config.get("head_dim") or hidden // heads
-        tp = self.topology.tp
+        dim, tp = config.get("head_dim") or hidden // heads, self.topology.tp
         named = {"group": groups, "rep": heads // groups, "head": heads, "dim": dim, "half": 2, "pair": dim // 2}
         named |= {"q": 1, "k": 1, "v": 1, "gate": 1, "up": 1, "hidden": hidden, "ffn": config["intermediate_size"]}
-    
+        return named | {"shard": tp, "part": config["intermediate_size"] // tp, "narrow": dim * groups // heads // 2}
+
 
 class Draft:
     """A folder of safetensors files, whole, to be changed and written.
@@ -104,8 +105,29 @@ class Draft:
                 if all(key in self.tensors for key in keys):
                     yield keys
 
+    def same(self, other: Draft) -> bool:
+        """Whether both are the same bytes."""
+        if (self.files, self.broken, self.file_of) != (other.files, other.broken, other.file_of):
+            return False
+        return self.tensors.keys() == other.tensors.keys() and all(
+            mine is other.tensors[key]
+            or (
+                mine.dtype == other.tensors[key].dtype
+                and mine.shape == other.tensors[key].shape
+                and torch.equal(mine.view(-1).view(torch.uint8), other.tensors[key].view(-1).view(torch.uint8))
+            )
+            for key, mine in self.tensors.items()
+        )
+
+    def copy(self) -> Draft:
+        """Another draft of the same tensors, which mutations replace and never write into."""
+        other = copy.copy(self)
+        other.tensors, other.file_of, other.files = dict(self.tensors), dict(self.file_of), dict(self.files)
+        other.metadata, other.broken = dict(self.metadata), list(self.broken)
+        return other
+
     def write(self, folder: Path) -> None:
-        """Write the folder, which must not hold anything yet. The bytes of an unchanged draft are those it was read from."""
+        """Write the folder, which must not hold anything yet. Unchanged, it has the bytes that it was read from."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -348,6 +370,7 @@ def _(mutation: mutations.File, draft: Draft, scene: Scene) -> None:
 def _(mutation: mutations.Broken, draft: Draft, scene: Scene) -> None:
     if mutation.how == "the source's files":
         source = Draft(scene.source)
+        draft.broken.append(mutation.how)
         draft.tensors, draft.file_of, draft.metadata = source.tensors, source.file_of, source.metadata
     elif mutation.how == "straddling layer skipped":
         files: dict[str, set[str]] = {}

@@ -5,7 +5,7 @@ In the sources, MB is NVIDIA-NeMo/Megatron-Bridge, ML NVIDIA/Megatron-LM, TE NVI
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -90,7 +90,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-NEEDS = {
+NEEDS: Mapping[str, Callable[[Mapping[str, Any], Topology], bool]] = {
     "grouped": lambda config, _: 1 < _groups(config) < config["num_attention_heads"],
     "ungrouped": lambda config, _: _groups(config) == config["num_attention_heads"],
     "square": lambda config, _: _head_dim(config) * config["num_attention_heads"] == config["hidden_size"],

@@ -56,7 +56,16 @@ FILES = (
 _FIELDS = (
     # name, source, field, how, value, needs, at, the field's name in full
     ("rope scaling dropped", "MB #5097", "rope", "lost", None, ("rope scaling",), None, "rope_scaling"),
-    ("rope factor always 8", "llama-models #241, executorch #7265", "rope.factor", "set", 8.0, ("rope scaling",), None, ""),
+    (
+        "rope factor always 8",
+        "llama-models #241, executorch #7265",
+        "rope.factor",
+        "set",
+        8.0,
+        ("rope scaling",),
+        None,
+        "",
+    ),
     ("rope theta 10000", "marin #7156", "rope_theta", "set", 10000.0, (), None, ""),
     ("low_freq_factor ignored", "ML hard-codes it", "rope.low_freq_factor", "set", 1.0, ("rope scaling",), None, ""),
     ("high_freq_factor ignored", "ML hard-codes it", "rope.high_freq_factor", "set", 4.0, ("rope scaling",), None, ""),
@@ -70,7 +79,16 @@ _FIELDS = (
         None,
         "",
     ),
-    ("rope type not known", "a type that is not refused", "rope.rope_type", "set", "linear", ("rope scaling",), None, ""),
+    (
+        "rope type not known",
+        "a type that is not refused",
+        "rope.rope_type",
+        "set",
+        "linear",
+        ("rope scaling",),
+        None,
+        "",
+    ),
     ("eps 1e-6", "MB #5712", "rms_norm_eps", "set", 1e-6, (), None, ""),
     ("eps 1e-5", "MB #5712", "rms_norm_eps", "set", 1e-5, (), None, ""),
     ("head_dim lost", "Fast-LLM #102, ML #1655", "head_dim", "lost", None, ("own head_dim",), WAYS, ""),
@@ -96,7 +114,9 @@ CONFIG = tuple(
         needs=needs,
         causes=tuple(
             Cause(kind="config", what=(spelled,))
-            for spelled in dict.fromkeys((full or field, field.replace("rope.", "rope_scaling."), field.replace("rope.", "rope_parameters.")))
+            for spelled in dict.fromkeys(
+                (full or field, field.replace("rope.", "rope_scaling."), field.replace("rope.", "rope_parameters."))
+            )
         ),
     )
     for name, source, field, how, value, needs, at, full in _FIELDS

@@ -330,7 +330,7 @@ MISSING = (
             name=f"layers from the {move} one",
             family="missing",
             source="ML #1584",
-            does=(Layers(move),),  # type: ignore[arg-type]  # of two literals
+            does=(Layers(move),),
             causes=MOVED,
         )
         for move in ("next", "previous")

@@ -90,7 +90,7 @@ def compare_folders(
         # A file that cannot be read takes its tensors with it: that is one cause, not many.
         if unreadable:
             before = {key: tensor for key, tensor in before.items() if key in after}
-        causes += tensor_causes(before, after, config, topology, table is not None and dtype == torch.float32)
+        causes += tensor_causes(before, after, config, topology, table if dtype == torch.float32 else None)
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [
         path
@@ -120,7 +120,7 @@ def tensor_causes(
     actual: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
     topology: Topology,
-    is_coded: bool,
+    table: coded.Table | None,
 ) -> list[Cause]:
     """The diagnosis of tensors, those of another dtype apart: their contents are not looked at."""
     causes = []
@@ -131,7 +131,7 @@ def tensor_causes(
         causes.append(Cause(kind="dtype", what=shorts(other), detail=f"found {', '.join(found)}"))
     left = {key: tensor for key, tensor in expected.items() if key not in other}
     right = {key: tensor for key, tensor in actual.items() if key not in other}
-    return causes + diagnose(Lazy(left), Lazy(right), config, topology, coded=is_coded and not other)
+    return causes + diagnose(Lazy(left), Lazy(right), config, topology, table=table)
 
 
 def differences(name: str, actual: torch.Tensor, expected: torch.Tensor, table: coded.Table | None) -> list[str]:

@@ -251,7 +251,8 @@ def _lines(golden: Golden) -> Iterator[str]:
 
 def _quantity(name: str, quantity: Quantity) -> str:
     values = quantity.values
-    assert values.dtype.name in _DTYPES and values.ndim == len(quantity.axes), f"{name}: {values.dtype} {values.shape}"
+    assert values.dtype.name in _DTYPES, f"{name} is {values.dtype}"
+    assert values.ndim == len(quantity.axes), f"{name} is {values.shape}, its axes {quantity.axes}"
     if not np.isfinite(values).all():
         raise GoldenError(f"{name} holds values that are no numbers: nothing could be compared with them")
     wide = values.astype(np.float64)

@@ -1,7 +1,9 @@
 """What transformers says of a model for its golden. Runs in a fresh process, without Megatron-Core and without a group.
 
-Everything is evaluated in float32 on the CPU, and more than once: with plain and with fused attention, sequences
-together and one by one. These are equal in exact arithmetic, and how far they differ is the noise floor.
+Everything is evaluated on the CPU three times: plainly, which is what is kept; with fused attention, one sequence at a
+time; and in float64. These are equal in exact arithmetic, and how far they differ is the noise floor. float64 has a
+part in it because two float32 evaluations on one machine share its kernels, and do not show what these round alike: on
+a machine with narrower vectors, gradients of a norm's weight differ by twenty times as much.
 """
 
 from __future__ import annotations
@@ -65,18 +67,17 @@ def evaluate(folder: Path, probe: Probe, places: npt.NDArray[np.int64] | None = 
     trained = _trained(model)
     before = [parameter.detach().clone() for parameter in trained]
     said = _Said(probe, places, at_once=len(probe.tokens))
-    said.backward(model)
-    one_by_one = _Said(probe, said.places, at_once=1)
-    one_by_one.forward(model)
-    said.curve(model, trained)
-    with torch.no_grad():
-        for parameter, value in zip(trained, before, strict=True):
-            parameter.copy_(value)
-    model.set_attn_implementation("sdpa")
-    _reverse(model)
-    fused = _Said(probe, said.places, at_once=1, reversed_axes=True)
-    fused.backward(model)
-    fused.curve(model, trained)
+    said.all(model, trained)
+    others = []
+    for attention, dtype in (("sdpa", torch.float32), ("eager", torch.float64)):
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.copy_(value)
+        model.set_attn_implementation(attention)
+        model.zero_grad()  # their memory goes first
+        other = _Said(probe, said.places, at_once=1)
+        other.all(model.to(dtype), trained)
+        others.append(other)
 
     layers = model.config.num_hidden_layers
     points = (*(f"into layer {i}" for i in range(layers)), "out of the final norm")
@@ -96,9 +97,8 @@ def evaluate(folder: Path, probe: Probe, places: npt.NDArray[np.int64] | None = 
     }
     quantities = {}
     for name, kind in kinds.items():
-        evaluations = [one.values[name] for one in (said, fused, one_by_one) if name in one.values]
-        spread = relative_floor(evaluations, kind.get("alike", 0))
-        quantities[name] = Quantity(values=evaluations[0], floor=spread, **kind)
+        spread = relative_floor([one.values[name] for one in (said, *others)], kind.get("alike", 0))
+        quantities[name] = Quantity(values=said.values[name], floor=spread, **kind)
     return Evaluation(
         places=said.places,
         quantities=quantities,
@@ -131,43 +131,14 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for module in ends for parameter in module.parameters()]
 
 
-def _reverse(model: Any) -> None:
-    """Put the hidden and the feed-forward axis of every parameter in the reverse order, which changes no logit.
-
-    Every sum over them then rounds in another order: in matrix products, norms and gradients alike. Without this, two
-    evaluations agree in all that does not depend on the attention kernel, as no two machines do.
-    """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameter.flip(_reversible(name)))
-
-
-def _reversible(name: str) -> tuple[int, ...]:
-    """The hidden and feed-forward axes of a parameter.
-
-    Source: huggingface/transformers 5.23.0, models/llama/modeling_llama.py (`LlamaAttention`, `LlamaMLP`).
-    """
-    module, kind = name.split(".")[-2:]
-    into, out_of = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-    if module in into:
-        hidden = () if kind == "bias" else (1,)
-        return ((0,) if module in ("gate_proj", "up_proj") else ()) + hidden
-    if module in out_of:
-        return (0, 1) if (module, kind) == ("down_proj", "weight") else (0,)
-    return (0,) if "norm" in module else (1,)
-
-
 class _Said:
     """The values of one way to evaluate."""
 
-    def __init__(
-        self, probe: Probe, places: npt.NDArray[np.int64] | None, *, at_once: int, reversed_axes: bool = False
-    ) -> None:
+    def __init__(self, probe: Probe, places: npt.NDArray[np.int64] | None, *, at_once: int) -> None:
         self.tokens, self.labels = torch.from_numpy(probe.tokens), torch.from_numpy(probe.labels)
         self.values: dict[str, Values] = {}
         self._places = places
         self._at_once = at_once
-        self._reversed = reversed_axes
         self.logits_digest = ""
 
     @property
@@ -175,13 +146,13 @@ class _Said:
         assert self._places is not None, "known once there are logits"
         return self._places
 
-    def forward(self, model: Any) -> None:
-        """Logits, loss and activations."""
-        with torch.no_grad():
-            self._keep([_run(model, *rows) for rows in self._rows(None)])
+    def all(self, model: Any, trained: Sequence[torch.nn.Parameter]) -> None:
+        """Every quantity; changes the weights of what is `trained`."""
+        self.backward(model)
+        self.curve(model, trained)
 
     def backward(self, model: Any) -> None:
-        """The same, and the gradient of the mean loss."""
+        """Logits, loss, activations, and the gradient of the mean loss."""
         model.zero_grad()
         said = []
         for tokens, labels in self._rows(None):
@@ -189,10 +160,7 @@ class _Said:
             (loss.sum() / (self.labels != IGNORED).sum()).backward()
             said.append((logits.detach(), states, loss.detach()))
         self._keep(said)
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        if self._reversed:
-            gradients = {name: gradient.flip(_reversible(name)) for name, gradient in gradients.items()}
-        rows = [_norm_and_sum(name, gradient) for name, gradient in gradients.items()]
+        rows = [_norm_and_sum(name, parameter.grad) for name, parameter in model.named_parameters()]
         self.values["gradients"] = np.array(rows, dtype=np.float64)
 
     def curve(self, model: Any, trained: Sequence[torch.nn.Parameter]) -> None:
@@ -219,13 +187,15 @@ class _Said:
         return list(zip(*parts, strict=True))
 
     def _keep(self, said: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        logits, states, loss = (torch.cat(parts, dim) for parts, dim in zip(zip(*said, strict=True), (0, 1, 0), strict=True))
+        logits, states, loss = (
+            torch.cat(parts, dim) for parts, dim in zip(zip(*said, strict=True), (0, 1, 0), strict=True)
+        )
         found = logits.numpy()
         self.logits_digest = digest_of_array(found)
         if self._places is None:
             self._places = top(found)
         self.values |= from_logits(found, loss.numpy(), self._places)
-        wide = states.flip(-1).double() if self._reversed else states.double()  # [point b s h]
+        wide = states.double()  # [point b s h]
         rms = wide.square().mean(-1).sqrt()
         sums = wide @ torch.from_numpy(signs("activations", wide.size(-1))).double() / wide.size(-1) ** 0.5
         self.values["activations"] = torch.stack([rms, sums], dim=-1).float().numpy()
@@ -251,7 +221,7 @@ def _run(model: Any, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _norm_and_sum(name: str, gradient: Tensor) -> tuple[float, float]:
-    """The norm, and the sum under signs that are a product over axes: any element that changes changes it by as much."""
+    """The norm, and the sum under signs that are a product over axes: it feels every element."""
     total = gradient.double()
     for size in reversed(gradient.shape):
         total = total @ torch.from_numpy(signs(f"{name} {size}", size)).double()

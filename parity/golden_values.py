@@ -87,7 +87,7 @@ def relative_floor(evaluations: Sequence[Values], alike: int) -> float:
 
 
 def _distance(actual: Values, expected: Values, scale: Values) -> Distance:
-    return largest((actual / scale).astype(np.float64), (expected / scale).astype(np.float64))  # type: ignore[arg-type]
+    return largest((actual / scale).astype(np.float64), (expected / scale).astype(np.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,4 +161,6 @@ def compare_all(expected: Mapping[str, Quantity], actual: Mapping[str, Quantity]
 def unmatched(expected: Mapping[str, Quantity], actual: Mapping[str, Quantity]) -> list[str]:
     """Quantities that only one side has, a line each."""
     lines = [f"{name}: unused: the golden has it and nothing measures it" for name in expected if name not in actual]
-    return lines + [f"{name}: missing: it is measured and the golden has none" for name in actual if name not in expected]
+    return lines + [
+        f"{name}: missing: it is measured and the golden has none" for name in actual if name not in expected
+    ]

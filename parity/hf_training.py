@@ -39,7 +39,8 @@ class Reference:
 
     Attributes:
         eager: Whole batches, plain attention; the gradients of its first batch are in the file.
-        others: The same otherwise: fused attention, rows one at a time and in the other order.
+        others: The same otherwise, half a batch at a time and the second half first: fused attention; and plain
+            attention, on the first batch only.
         scales: For each Hugging Face key, the largest absolute gradient.
         floors: For each key, the largest difference between the gradients of `eager` and of any other evaluation.
         norm_floor: The largest L2 norm of the difference of all gradients, which bounds the difference of their norms.
@@ -61,14 +62,14 @@ def reference(folder: Path, batches: Sequence[Lesson], recipe: Recipe, file: Pat
         recipe: The optimizer's constants.
         file: Where the gradients of the first batch are written, as safetensors.
     """
-    eager, gradients = _course(folder, batches, recipe, "eager", one_by_one=False)
+    eager, gradients = _course(folder, batches, recipe, "eager", parts=1)
     save_file(gradients, file)
     floors = dict.fromkeys(gradients, 0.0)
     norm_floor = 0.0
     others = []
-    ways: tuple[tuple[Attention, bool], ...] = (("eager", True), ("sdpa", False))
-    for attention, one_by_one in ways:
-        course, found = _course(folder, batches, recipe, attention, one_by_one=one_by_one)
+    ways: tuple[tuple[Attention, Sequence[Lesson]], ...] = (("sdpa", batches), ("eager", batches[:1]))
+    for attention, some in ways:
+        course, found = _course(folder, some, recipe, attention, parts=2)
         others.append(course)
         for key, gradient in found.items():
             gradient -= gradients[key]
@@ -84,7 +85,7 @@ def reference(folder: Path, batches: Sequence[Lesson], recipe: Recipe, file: Pat
 
 
 def _course(
-    folder: Path, batches: Sequence[Lesson], recipe: Recipe, attention: Attention, *, one_by_one: bool
+    folder: Path, batches: Sequence[Lesson], recipe: Recipe, attention: Attention, *, parts: int
 ) -> tuple[Course, dict[str, Tensor]]:
     """Train one step on each batch; the losses, and the gradients of the first."""
     from transformers import LlamaForCausalLM
@@ -97,32 +98,35 @@ def _course(
     norms = []
     for lesson in batches:
         optimizer.zero_grad()
-        losses.append(backward(model, lesson, one_by_one=one_by_one).numpy())
+        losses.append(backward(model, lesson, parts).numpy())
         if not first:
-            first = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+            first = {name: _gradient(parameter).clone() for name, parameter in model.named_parameters()}
+        norms.append(float(torch.nn.utils.get_total_norm([_gradient(p) for p in model.parameters()])))
         optimizer.step()
     return Course(losses=losses, norms=norms), first
 
 
-def backward(model: Any, lesson: Lesson, *, one_by_one: bool) -> Tensor:
-    """Gradients of the mean loss over all labelled tokens; the loss of each token, `[rows s]` float64, 0 unlabelled."""
+def backward(model: Any, lesson: Lesson, parts: int) -> Tensor:
+    """Gradients of the mean loss over all labelled tokens, the batch in `parts`, the last first.
+
+    Returns:
+        The loss of each token, `[rows s]` float64, 0 where unlabelled.
+    """
     tokens, labels = torch.from_numpy(lesson.tokens), torch.from_numpy(lesson.labels)
     labelled = (labels != IGNORED).sum()
-    parts = torch.arange(len(tokens)).flip(0).split(1) if one_by_one else (torch.arange(len(tokens)),)
     losses = torch.zeros(labels.shape, dtype=torch.float64)
-    for part in parts:
+    for part in reversed(torch.arange(len(tokens)).chunk(parts)):
         logits = model(tokens[part], attention_mask=torch.ones_like(tokens[part]), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[part].flatten(), ignore_index=IGNORED, reduction="none"
         )
-        (loss.sum() / labelled).backward()  # type: ignore[no-untyped-call]
+        (loss.sum() / labelled).backward()
         losses[part] = loss.detach().double().view_as(labels[part])
     return losses
 
 
 def adamw(model: Any, recipe: Recipe) -> torch.optim.AdamW:
-    """torch's AdamW with Megatron-Core's groups: no weight decay for parameters of one dim, norms and biases.
+    """AdamW as torch has it, with Megatron-Core's groups: no weight decay for parameters of one dim, norms and biases.
 
     Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/optimizer/__init__.py `get_standard_config_overrides`; the
         fallback to torch's AdamW without Transformer Engine and Apex is at the head of the same file.
@@ -133,3 +137,8 @@ def adamw(model: Any, recipe: Recipe) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "every parameter of a Llama is used"
+    return parameter.grad

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.topology import Topology
+from parity.breaks import InjectionError, NotHereError
 from parity.converter import Converter, Settings
 from parity.mutations import Live, Mutation, Patch
 
@@ -111,6 +112,14 @@ class Faulty:
         config: dict[str, Any] = json.loads((source / "config.json").read_text())
         layers = self.layers or tuple(range(config["num_hidden_layers"]))
         draft, scene = Draft(folder), Scene(config=config, topology=self.topology, layers=layers, source=source)
+        before = draft.copy()
         for mutation in changes:
-            apply(mutation, draft, scene)
+            try:
+                apply(mutation, draft, scene)
+            except NotHereError:
+                raise
+            except Exception as error:
+                raise InjectionError(f"{mutation} in {folder}: {type(error).__name__}: {error}") from error
+        if draft.same(before) and not any(mutation.idle for mutation in changes):
+            raise NotHereError(f"{changes} changes nothing in {folder}")
         return draft

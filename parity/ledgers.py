@@ -19,23 +19,23 @@ UNACCOUNTED = "unaccounted"
 _CLASSES = {"same": "exact", "renamed": "exact", "derived": "derived", "fixed": "constant", "dropped": "dropped"}
 
 
-def tensor_rows(plan: Plan, stored: Iterable[str], held: Iterable[str]) -> Iterator[Row]:
+def tensor_rows(plans: Sequence[Plan], stored: Iterable[str], held: Iterable[str]) -> Iterator[Row]:
     """The account of tensor names, layers taken together.
 
     Args:
-        plan: Hugging Face to Megatron-Core, whole.
+        plans: Hugging Face to every model chunk of Megatron-Core.
         stored: Keys of the checkpoint.
         held: Names of parameters, over all ranks.
     """
     there: dict[str, set[str]] = {}
     made: dict[str, set[str]] = {}
-    for copy in plan.copies:
+    for copy in (copy for plan in plans for copy in plan.copies):
         kind = "shift" if copy.shift else copy.kind
         there.setdefault(_pattern(copy.source.key), set()).add(kind)
         made.setdefault(_pattern(copy.target.key), set()).add(kind)
-    for fill in plan.fills:
+    for fill in (fill for plan in plans for fill in plan.fills):
         made.setdefault(_pattern(fill.region.key), set()).add("fill")
-    drops = {_pattern(key): reason for key, reason in plan.drops.items()}
+    drops = {_pattern(key): reason for key, reason in plans[0].drops.items()}
     for name in sorted({_pattern(key) for key in stored} | set(there)):
         if name in drops:
             yield _row(name, "hf", "dropped", drops[name])
@@ -45,8 +45,7 @@ def tensor_rows(plan: Plan, stored: Iterable[str], held: Iterable[str]) -> Itera
     for name in sorted(held):
         yield _classed(name, "megatron", made.get(name, set()))
     for name in sorted(set(made) - held):
-        if made[name] - {"tie", "fill"}:  # a tied head is held where the embedding is not
-            yield _row(name, "megatron", UNACCOUNTED, "no rank holds it")
+        yield _row(name, "megatron", UNACCOUNTED, "no rank holds it")
 
 
 def config_rows(fields: FieldTable, config: Mapping[str, Any], set_: Iterable[str]) -> Iterator[Row]:

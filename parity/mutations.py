@@ -1,8 +1,8 @@
 """What a fault does, as data: to a checkpoint folder, to a live model, or to what it computes.
 
-Every exact conversion only moves elements. So a wrong import is an honest import of a mutated checkpoint, a wrong export
-an honest export whose folder is mutated afterwards, and neither needs to know the converter. A mutation that has an
-inverse can be applied in both directions such that the round trip is clean.
+Every exact conversion only moves elements. So a wrong import is an honest import of a mutated checkpoint, a wrong
+export an honest export whose folder is mutated afterwards, and neither needs to know the converter. A mutation that has
+an inverse can be applied in both directions such that the round trip is clean.
 
 Tensors are named without `model.layers.N.` and `.weight`; a name stands for the weight and, where there is one, the
 bias.
@@ -16,8 +16,17 @@ from typing import Any, Literal
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5, transformers 4
 
 
+class _OnFolder:
+    """What mutations of folders share."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may well change nothing."""
+        return False
+
+
 @dataclass(frozen=True)
-class Exchange:
+class Exchange(_OnFolder):
     """Each of two tensors holds the other's elements."""
 
     one: str
@@ -29,7 +38,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Reorder:
+class Reorder(_OnFolder):
     """Elements that lie as `written` says are taken for what `read` says, in the grammar of `converters.axes`.
 
     Args:
@@ -51,7 +60,7 @@ class Reorder:
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(_OnFolder):
     """The tensor-parallel shards of tensors stand in reverse order."""
 
     names: tuple[str, ...]
@@ -62,7 +71,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class Layers:
+class Layers(_OnFolder):
     """Layer n holds what layer f(n) should: a name of `parity.drafts.MOVES`."""
 
     move: Literal["next", "previous", "exchanged", "stages", "chunks", "boundary", "first twice"]
@@ -73,7 +82,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Roll:
+class Roll(_OnFolder):
     """The rows of a tensor move on by some, the last to the front."""
 
     name: str
@@ -84,7 +93,7 @@ class Roll:
 
 
 @dataclass(frozen=True)
-class SwapRows:
+class SwapRows(_OnFolder):
     """Two rows of a tensor, counted from the end where negative, change places."""
 
     name: str
@@ -96,20 +105,23 @@ class SwapRows:
 
 
 @dataclass(frozen=True)
-class Values:
+class Values(_OnFolder):
     """The values of tensors, all or some of them, become others.
 
     Args:
         names: The tensors.
-        how: `initial`: as if nothing had been loaded; `minus one`: zero-centred; `rounded`, `truncated`: to bf16, kept in
-            the dtype; `last bit`: the lowest of the mantissa, flipped; `scaled`: by 1.01; `half`: to float16 and back.
+        how: `initial`: as if nothing had been loaded; `minus one`: zero-centred; `rounded`, `truncated`: to bf16, kept
+            in the dtype; `last bit`: the lowest of the mantissa, flipped; `scaled`: by 1.01; `half`: to float16 and
+            back.
         rows: Which of them: a slice of rows over (tensor-parallel) shards or single rows.
         columns: Likewise.
         part: Weights, biases, or both.
     """
 
     names: tuple[str, ...]
-    how: Literal["zeros", "ones", "initial", "nan", "infinity", "minus one", "rounded", "truncated", "last bit", "scaled", "half"]
+    how: Literal[
+        "zeros", "ones", "initial", "nan", "infinity", "minus one", "rounded", "truncated", "last bit", "scaled", "half"
+    ]
     rows: Literal["all", "last shard", "last", "first half"] = "all"
     columns: Literal["all", "last shard", "last"] = "all"
     part: Literal["weight", "bias", "both"] = "weight"
@@ -117,9 +129,13 @@ class Values:
     def inverse(self) -> Values | None:
         return self if self.how == "last bit" else None  # what rounds or overwrites cannot be undone
 
+    @property
+    def idle(self) -> bool:
+        return self.how == "half"
+
 
 @dataclass(frozen=True)
-class Duplicate:
+class Duplicate(_OnFolder):
     """A tensor holds a copy of another's elements."""
 
     name: str
@@ -130,7 +146,7 @@ class Duplicate:
 
 
 @dataclass(frozen=True)
-class Presence:
+class Presence(_OnFolder):
     """Tensors that are lost, of one that nobody asked for."""
 
     names: tuple[str, ...]
@@ -142,7 +158,7 @@ class Presence:
 
 
 @dataclass(frozen=True)
-class Resize:
+class Resize(_OnFolder):
     """A tensor with more (zero) or fewer rows, and with `config` the config says so."""
 
     name: str
@@ -154,7 +170,7 @@ class Resize:
 
 
 @dataclass(frozen=True)
-class Retype:
+class Retype(_OnFolder):
     """Tensors in another dtype, a name of safetensors."""
 
     names: tuple[str, ...]
@@ -165,12 +181,12 @@ class Retype:
 
 
 @dataclass(frozen=True)
-class ConfigField:
+class ConfigField(_OnFolder):
     """A field of config.json with another value.
 
     Args:
-        field: Its name; `rope.NAME` is a field of the rope parameters in whichever spelling the config has, `rope` all of
-            them but theta, and `rope_theta` is looked for in both places.
+        field: Its name; `rope.NAME` is a field of the rope parameters in whichever spelling the config has, `rope` all
+            of them but theta, and `rope_theta` is looked for in both places.
         how: `set` to `value`, `times` it, `negate`, or `lost`.
         value: See `how`.
     """
@@ -184,17 +200,21 @@ class ConfigField:
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(_OnFolder):
     """A file as the source has it."""
 
     name: str
+
+    @property
+    def idle(self) -> bool:
+        return True
 
     def inverse(self) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class File:
+class File(_OnFolder):
     """Another file than the weights: lost, of other content, or with a list of ids shortened to its first."""
 
     name: str
@@ -205,7 +225,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(_OnFolder):
     """Weight files and index that cannot be trusted."""
 
     how: Literal[
@@ -231,8 +251,8 @@ class Live:
 
     Args:
         pattern: A regular expression that finds the names of parameters, of either layer spec.
-        how: `initial`, `zeros`, `ones`, or `row below`: each row holds the next one's values; `padding`: the rows behind
-            the vocabulary are not zero.
+        how: `initial`, `zeros`, `ones`, or `row below`: each row holds the next one's values; `padding`: the rows
+            behind the vocabulary are not zero.
         where: On which ranks: the last along a mesh dim, or all.
     """
 

@@ -88,7 +88,9 @@ def _parts(chunks: Sequence[Any], name: str) -> Iterator[Any]:
 
 
 def _norms(chunks: Sequence[Any]) -> list[Any]:
-    found = [m for model in _models(chunks) for m in model.modules() if "Norm" in type(m).__name__ and hasattr(m, "eps")]
+    found = [
+        m for model in _models(chunks) for m in model.modules() if "Norm" in type(m).__name__ and hasattr(m, "eps")
+    ]
     if not found:
         raise NotHereError("no norms of their own")
     return found
@@ -173,12 +175,6 @@ def _gelu(chunks: Sequence[Any]) -> None:
         mlp.config.activation_func = torch.nn.functional.gelu
 
 
-def _no_residual(chunks: Sequence[Any]) -> None:
-    for norm in _parts(chunks, "input_layernorm"):
-        right = norm.forward
-        norm.forward = lambda x, right=right: right(x * 1.001)
-
-
 def _moved_positions(chunks: Sequence[Any]) -> None:
     """Every position is three further on. Attention by differences of positions does not see it."""
     for model in _models(chunks):
@@ -192,9 +188,10 @@ def _contiguous_positions(chunks: Sequence[Any]) -> None:
     rope = importlib.import_module("megatron.core.models.common.embeddings.rotary_pos_embedding")
 
     def run(angles: Tensor, dim: int, group: Any) -> Tensor:
-        return angles.chunk(group.size(), dim)[group.rank()]
+        mine: Tensor = angles.chunk(group.size(), dim)[group.rank()]
+        return mine
 
-    setattr(rope, "get_pos_emb_on_this_cp_rank", run)
+    rope.get_pos_emb_on_this_cp_rank = run  # type: ignore[attr-defined]  # a module of Megatron-Core
 
 
 def _is_last() -> bool:
@@ -266,7 +263,6 @@ PATCHES: Mapping[str, Callable[[Sequence[Any]], None]] = {
     "rope interleaved": _interleaved_rope,
     "no rope": _no_rope,
     "gelu": _gelu,
-    "residual scaled": _no_residual,
     "positions moved": _moved_positions,
     "contiguous cp positions": _contiguous_positions,
     "a rank dies": _dies,
@@ -275,14 +271,16 @@ PATCHES: Mapping[str, Callable[[Sequence[Any]], None]] = {
     "cp loss averaged": _in(TRAINING, "token_mean", _rank_mean),
     "default p2p": _in(TRAINING, "schedule_options", _no_p2p_options),
     "tied gradients not added": _untied_gradients,
-    "cache stale by one": _in(
-        GENERATION, "cache_length", lambda right: lambda context: max(0, right(context) - 1)
-    ),
+    "cache stale by one": _in(GENERATION, "cache_length", lambda right: lambda context: max(0, right(context) - 1)),
     "decode positions off by one": _in(
         GENERATION,
         "decode_positions",
         lambda right: lambda start, count, padding: right(start - 1 if start else 0, count, padding),
     ),
-    "padding ignored in decode": _in(GENERATION, "hidden_slots", lambda right: lambda start, count, _: right(start, count, None)),
-    "padding rows chosen": _in(GENERATION, "next_tokens", lambda right: lambda logits, vocab: right(logits, logits.size(-1))),
+    "padding ignored in decode": _in(
+        GENERATION, "hidden_slots", lambda right: lambda start, count, _: right(start, count, None)
+    ),
+    "padding rows chosen": _in(
+        GENERATION, "next_tokens", lambda right: lambda logits, vocab: right(logits, logits.size(-1))
+    ),
 }

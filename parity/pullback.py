@@ -31,19 +31,19 @@ class Numbers(Mapping[str, torch.Tensor]):
     """In place of each tensor of a checkpoint, the numbers of its elements, counted through from 1; 0 is none."""
 
     def __init__(self, table: coded.Table) -> None:
-        self._table, self.starts = table, coded.starts(table)
+        self.table, self.starts = table, coded.starts(table)
         self.total = sum(math.prod(shape) for shape in table.values())
         self._dtype = torch.int32 if self.total < 2**31 - 1 else torch.int64
 
     def __getitem__(self, key: str) -> torch.Tensor:
         first = self.starts[key] + 1
-        return torch.arange(first, first + math.prod(self._table[key]), dtype=self._dtype).view(self._table[key])
+        return torch.arange(first, first + math.prod(self.table[key]), dtype=self._dtype).view(self.table[key])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
+        return iter(self.table)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
 
 class Pullback:
@@ -133,4 +133,6 @@ class Pullback:
             return []
         homes = {HEAD: EMBEDDING} if self._tied else {}
         found = Lazy(expected, changed)
-        return diagnose(Lazy(expected), found, config, topology, coded=is_coded, homes=homes)
+        return diagnose(
+            Lazy(expected), found, config, topology, table=self._numbers.table if is_coded else None, homes=homes
+        )

@@ -19,7 +19,7 @@ STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "skip": "yel
 HEADINGS = ("check", "measured", "bound", "margin", "seconds", "verdict", "unit")
 INDENT = 2
 CAUSE_LINES = 12
-WIDEST_CHECK = 32
+WIDEST_CHECK = 36
 
 
 def render(rows: Sequence[Row], *, colour: bool, width: int | None = None) -> str:
@@ -38,7 +38,7 @@ def render(rows: Sequence[Row], *, colour: bool, width: int | None = None) -> st
     columns = min(width or shutil.get_terminal_size((100, 24)).columns, 120)
     cells = [_cells(row) for row in rows]
     widest = [max(len(line[i]) for line in [HEADINGS, *cells]) for i in range(len(HEADINGS))]
-    widest[0] = min(widest[0], WIDEST_CHECK if columns >= 100 else WIDEST_CHECK - 8)
+    widest[0] = min(widest[0], WIDEST_CHECK if columns >= 100 else WIDEST_CHECK - 12)
     widest[-1] = max(columns - INDENT - sum(widest[:-1]) - 2 * (len(HEADINGS) - 1), 12)
 
     def table(lines: Iterable[tuple[Sequence[str], str]]) -> RenderableType:

@@ -24,6 +24,8 @@ REST_LINES = 200
 PICTURES = 40
 """So many pictures a case; more of them stay in the JSON."""
 
+NO_FAULT = "no fault"
+
 SEARCH = """
 document.querySelectorAll('input[type=search]').forEach(function (box) {
   box.addEventListener('input', function () {
@@ -198,21 +200,44 @@ def _by_reason(left_out: list[Mapping[str, str]]) -> dict[str, list[str]]:
 
 
 def _self_test(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The fault matrix: faults by checks, each `caught`, `missed`, or not applicable; anything else as it stands.
-
-    Args:
-        found: `{"score": text, "faults": [{"name": text, "checks": {check: verdict}}]}`, further fields unread.
-    """
+    """The fault matrix of a self-test (`parity.selftest_report`), faults by checks; anything else as it stands."""
     if found is None:
         return None
-    faults = found.get("faults")
-    if not (isinstance(faults, list) and all(isinstance(one, dict) and "checks" in one for one in faults)):
+    variants = found.get("variants")
+    if not (isinstance(variants, list) and all(isinstance(one.get("verdicts"), dict) for one in variants)):
         return {"score": "", "columns": [], "lines": [], "text": json.dumps(found, indent=1)[:100_000]}
-    columns = list(dict.fromkeys(check for fault in faults for check in fault["checks"]))
-    kinds = {"caught": "exact", "missed": "fail", "flagged": "exact", "passed": "fail"}
-    lines = []
-    for fault in faults:
-        said = fault["checks"]
-        cells = [(said.get(check, ""), kinds.get(str(said.get(check)), "none")) for check in columns]
-        lines.append({"name": str(fault.get("name", "")), "cells": cells})
-    return {"score": str(found.get("score", "")), "columns": columns, "lines": lines, "text": ""}
+    columns = list(dict.fromkeys(check for one in variants for check in one["verdicts"]))
+    faults: dict[str, list[Mapping[str, Any]]] = {}
+    for one in variants:
+        faults.setdefault(str(one.get("fault") or NO_FAULT), []).append(one)
+    equivalent = {one["name"] for one in found.get("faults", ()) if one.get("equivalent")} | {NO_FAULT}
+    lines = [
+        {"name": name, "cells": [_fault_cell(group, check, name in equivalent) for check in columns]}
+        for name, group in faults.items()
+    ]
+    counts = found.get("summary", {})
+    names = {"caught": "variants caught", "survivors": "survive", "false_alarms": "false alarms"}
+    score = ", ".join(f"{counts[key]} {words}" for key, words in names.items() if key in counts)
+    return {"score": score, "columns": columns, "lines": lines, "text": ""}
+
+
+def _fault_cell(group: list[Mapping[str, Any]], check: str, harmless: bool) -> tuple[str, str]:
+    """What a check said to the variants of one fault, and its colour: red for a survivor, and for a false alarm."""
+    said = [(one["verdicts"].get(check, "not applicable"), bool(one.get("killed"))) for one in group]
+    said = [(verdict, killed) for verdict, killed in said if verdict != "not applicable"]
+    if not said:
+        return "", "none"
+    if any(verdict == "broken" for verdict, _ in said):
+        return "broken", "fail"
+    caught = sum(verdict != "passed" for verdict, _ in said)
+    if harmless:
+        return ("false alarm", "fail") if caught else ("passed", "exact")
+    if not all(killed for _, killed in said):
+        return "missed" if not caught else f"{caught} of {len(said)}", "fail"
+    return (
+        ("·", "none")
+        if not caught
+        else ("caught", "exact")
+        if caught == len(said)
+        else (f"{caught} of {len(said)}", "wide")
+    )

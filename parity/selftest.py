@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from parity.batch import Pending, Question, ReplayBench, answered, said_by
 from parity.case import Case
+from parity.causes import Cause
 from parity.checks.bench import Shared
 from parity.converter import Converter, Named
 from parity.faults import At, Fault, all_faults
@@ -24,7 +25,7 @@ from parity.selftest_models import Bed, Stock, packaged
 if TYPE_CHECKING:
     from parity.subjects import Subject
 
-Verdict = Literal["caught", "refused", "crashed", "hung", "passed", "not applicable"]
+Verdict = Literal["caught", "refused", "crashed", "hung", "passed", "not applicable", "broken"]
 KILLS = ("caught", "refused", "crashed", "hung")
 TIMEOUT, HANG = 120.0, 8.0  # seconds without an answer that a rank may take; where it is known to hang
 BATCH = 48
@@ -112,17 +113,7 @@ class Outcome:
         if fault is None or not fault.causes or not any(self.causes.values()):
             return None
         first = [cause for causes in self.causes.values() for cause in causes[:2]]
-        return any(
-            expected.kind == cause["kind"] and (not expected.what or _meets(expected.what, cause["what"]))
-            for expected in fault.causes
-            for cause in first
-        )
-
-
-def _meets(expected: Sequence[str], named: Sequence[str]) -> bool:
-    """Whether two lists of names speak of the same things: the one is part of the other, biases being their weights'."""
-    one, other = ({name.removesuffix(".bias") for name in names} for names in (expected, named))
-    return bool(other) and (one <= other or other <= one)
+        return any(Cause.from_json(cause).names(expected) for expected in fault.causes for cause in first)
 
 
 @dataclass(kw_only=True)
@@ -151,6 +142,8 @@ class _Job:
         except RankFailure as failure:
             kind = said_by(failure)
             self.verdict, self.said = "not applicable" if kind == "not here" else kind, str(failure)  # type: ignore[assignment]
+        except Exception as error:  # a check that breaks fails its test as well
+            self.verdict, self.said = "crashed", f"{type(error).__name__}: {error}"
         else:
             failed = [one for one in found if not one.passed]
             self.verdict = "caught" if failed else "passed"
@@ -200,7 +193,7 @@ class SelfTest:
         shared: Ranks, and what is made once.
         stock: The models.
         converter: The converter whose honest work is made wrong.
-        checks: The checks under test.
+        checks: The checks under test; all by default.
         full: Run dear checks for every fault.
     """
 
@@ -210,18 +203,20 @@ class SelfTest:
         *,
         stock: Stock | None = None,
         converter: Converter | None = None,
-        checks: Sequence[Check] = CHECKS,
+        checks: Sequence[Check] | None = None,
         full: bool = False,
     ) -> None:
         self.shared = shared
         self.stock = stock or packaged()
         self.converter = converter or Named()
-        self.checks = checks
+        self.checks = CHECKS if checks is None else checks
         self.full = full
         self._subjects: dict[tuple[str, int], Subject] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="faults-", dir=shared.folder))
 
-    def run(self, asked: Sequence[Variant], progress: Callable[[int, int], None] = lambda done, of: None) -> list[Outcome]:
+    def run(
+        self, asked: Sequence[Variant], progress: Callable[[int, int], None] = lambda done, of: None
+    ) -> list[Outcome]:
         """What each check makes of each variant."""
         jobs = self._jobs(asked)
         waiting = list(jobs)
@@ -268,7 +263,7 @@ class SelfTest:
             there, back = ((), ()) if fault is None else fault.mutations(variant.at)
             for check in self.checks:
                 wanted = fault is None or self.full or check.name in fault.checks
-                if check.dear and not wanted or fault is not None and fault.runs and not wanted:
+                if not wanted and (check.dear or (fault is not None and fault.runs)):
                     continue
                 if fault is not None and fault.equivalent and check.name not in fault.checks:
                     continue
@@ -280,9 +275,7 @@ class SelfTest:
                 key = (check.name, variant.bed, variant.seed, *wrong, variant.layers)
                 if key not in jobs:
                     bench = self._bench(variant, *wrong, number=len(jobs))
-                    jobs[key] = _Job(
-                        check=check, variants=[], bench=bench, alone=fault is not None and fault.runs
-                    )
+                    jobs[key] = _Job(check=check, variants=[], bench=bench, alone=fault is not None and fault.runs)
                 jobs[key].variants.append(variant)
         return list(jobs.values())
 
@@ -292,7 +285,9 @@ class SelfTest:
             model=bed.model,
             slug=subject.slug,
             topology=bed.topology.evenly(subject.config["num_hidden_layers"]),
-            precision="bf16" if "bfloat16" in (subject.config.get("torch_dtype"), subject.config.get("dtype")) else "fp32",
+            precision="bf16"
+            if "bfloat16" in (subject.config.get("torch_dtype"), subject.config.get("dtype"))
+            else "fp32",
             device="cpu",
         )
         converter = self.converter

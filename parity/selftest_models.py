@@ -1,4 +1,4 @@
-"""The models that the self-test injects faults into: small, unlike each other, without coincidences but those wanted."""
+"""The models that the self-test injects faults into: small, unlike each other, with no coincidence but those wanted."""
 
 from __future__ import annotations
 
@@ -98,7 +98,12 @@ def configs() -> dict[str, dict[str, Any]]:
         "rope_theta": 7777.0,
         "vocab_size": 199,
     }
-    return {"tied": tied | {"torch_dtype": "float32"}, "biased": biased, "square": square, "half": tied | {"torch_dtype": "bfloat16"}}
+    return {
+        "tied": tied | {"torch_dtype": "float32"},
+        "biased": biased,
+        "square": square,
+        "half": tied | {"torch_dtype": "bfloat16"},
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,7 @@ def of_model(model: str, *, size: Literal["tiny", "full"]) -> Stock:
 
     Args:
         model: As for `--model`.
-        size: `tiny`: its config made tiny, with seeded weights. `full`: as it is; its weights are the same for each seed.
+        size: `tiny`: its config made tiny, with seeded weights. `full`: as it is, with its own weights for each seed.
 
     Raises:
         ConversionError: No such model, or no layout of two ranks fits it.
@@ -159,9 +164,7 @@ def made(name: str, config: dict[str, Any], folder: Path, seed: int) -> Subject:
     dtype = config.get("torch_dtype", "float32")
     accompany(write_checkpoint(config, folder, seed=seed, dtype=dtype, shards=3))
     written = json.loads((folder / "config.json").read_text())
-    return Subject(
-        name=name, slug=f"{name}-{seed}", folder=folder, config=written, weights="seeded", origin="config"
-    )
+    return Subject(name=name, slug=f"{name}-{seed}", folder=folder, config=written, weights="seeded", origin="config")
 
 
 def accompany(folder: Path) -> Path:

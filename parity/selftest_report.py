@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from parity import selftest
 from parity.faults import NOT_YET, Fault
-from parity.selftest import CHECKS, KILLS, Outcome, selected
+from parity.selftest import KILLS, Outcome, selected
 
 if TYPE_CHECKING:
     from parity.selftest_models import Stock
@@ -36,17 +37,19 @@ def result(outcomes: Sequence[Outcome], names: str, stock: Stock, *, converter: 
     tried = [one for one in real if one.applicable]
     survivors = [one for one in tried if not one.killed]
     alarms = [one for one in (*clean, *equivalent) if one.killed]
+    broken = [one for one in faulty if "broken" in one.verdicts.values()]
     judged = [one.named for one in tried if one.named is not None]
     faults = {one.variant.fault.name for one in tried}  # type: ignore[union-attr]
     homeless = [fault for fault in selected(names) if fault.name not in {one.variant.fault.name for one in faulty}]  # type: ignore[union-attr]
     summary = {
-        "passed": not survivors and not alarms and bool(tried or clean),
+        "passed": not survivors and not alarms and not broken and bool(tried or clean),
         "faults": len(faults),
         "variants": len(tried),
         "caught": len(tried) - len(survivors),
         "survivors": len(survivors),
         "clean_runs": len(clean),
         "false_alarms": len(alarms),
+        "broken": len(broken),
         "equivalent": len(equivalent),
         "not_applicable": len(NOT_YET) + len(homeless),
         "diagnosed": len(judged),
@@ -57,7 +60,7 @@ def result(outcomes: Sequence[Outcome], names: str, stock: Stock, *, converter: 
         "schema": SCHEMA,
         "summary": summary,
         "converter": converter,
-        "checks": [check.name for check in CHECKS],
+        "checks": [check.name for check in selftest.CHECKS],
         "faults": [_fault(fault) for fault in selected(names)],
         "variants": [_variant(one) for one in outcomes],
         "not_applicable": [{"name": name, "reason": reason} for name, reason in NOT_YET]
@@ -120,7 +123,7 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
             by_fault.setdefault(one.variant.fault.name, []).append(one)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("fault", overflow="fold")
-    used = [check.name for check in CHECKS if any(check.name in one.verdicts for one in outcomes)]
+    used = [check.name for check in selftest.CHECKS if any(check.name in one.verdicts for one in outcomes)]
     for name in used:
         table.add_column(name)
     family = ""
@@ -143,8 +146,15 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
                 if one.verdicts[check] in KILLS:
                     console.print(f"  {check}: {text}", markup=False)
         elif fault_of is not None and fault_of.equivalent:
-            console.print(f"equivalent: {one.variant.id} passes, as it should: {fault_of.equivalent}", style="dim", markup=False)
-        elif fault_of is not None and one.applicable and not one.killed:
+            console.print(
+                f"equivalent: {one.variant.id} passes, as it should: {fault_of.equivalent}", style="dim", markup=False
+            )
+        elif "broken" in one.verdicts.values():
+            console.print(f"not injected: {one.variant.id}: {'; '.join(one.said.values())}", style="red", markup=False)
+        elif not one.applicable:
+            reasons = "; ".join(dict.fromkeys(text for text in one.said.values() if text))
+            console.print(f"not applicable: {one.variant.id}: {reasons}", style="dim", markup=False)
+        elif fault_of is not None and not one.killed:
             verdicts = ", ".join(f"{check} {verdict}" for check, verdict in one.verdicts.items())
             console.print(f"survives: {one.variant.id} ({verdicts})", style="red", markup=False)
     summary = found["summary"]

@@ -124,7 +124,10 @@ def said(model: Any, probe: Probe, wanted: Wanted = everything) -> dict[str, Flo
 
 
 def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everything) -> dict[str, Yardstick]:
-    """Each tap of transformers with its floor: eager attention, against fused attention and one sequence at a time.
+    """Each tap of transformers with its floor: eager attention, against evaluations that are equal in exact arithmetic.
+
+    They are fused attention, in float32 with matrix products in another order of summation, and one sequence at a time.
+    The order matters at the first token: attention has nothing to add up there, and activations are at their largest.
 
     Args:
         model: A `LlamaForCausalLM` in `precision`. In bfloat16 it is float32 afterwards: that is the oracle.
@@ -133,14 +136,33 @@ def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everyt
         wanted: Which taps; logits always.
     """
     evaluations: list[dict[str, Floats]] = []
-    for attention in ("eager", "sdpa"):
-        model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager")
+    evaluations.append(said(model, probe, wanted))
+    model.set_attn_implementation("sdpa")
+    with _in_two_sums(model) if precision == "fp32" else contextlib.nullcontext():
         evaluations.append(said(model, probe, wanted))
     model.set_attn_implementation("eager")
     rows = [said(model, probe.alone(piece), wanted) for piece in probe.pieces]
     evaluations.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
     oracle = said(model.float(), probe, wanted) if precision != "fp32" else {}
     return {name: yardstick([one[name] for one in evaluations], oracle.get(name)) for name in evaluations[0]}
+
+
+@contextlib.contextmanager
+def _in_two_sums(model: Any) -> Iterator[None]:
+    """Every linear layer adds up its two halves of the input each by itself, as two tensor-parallel ranks do."""
+
+    def halves(module: torch.nn.Linear, given: tuple[Tensor], output: Tensor) -> Tensor:
+        cut = module.in_features // 2
+        first = torch.nn.functional.linear(given[0][..., :cut], module.weight[:, :cut])
+        return first + torch.nn.functional.linear(given[0][..., cut:], module.weight[:, cut:], module.bias)
+
+    hooks = [module.register_forward_hook(halves) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def reference(folder: Path, probe: Probe, precision: str) -> dict[str, Yardstick]:

@@ -81,6 +81,8 @@ def generate(
         )
     elif int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
         problems.append(f"prompts hold ids from {int(tokens.min())} to {int(tokens.max())} of {vocab_size}")
+    elif max(padding or (), default=0) >= tokens.size(1):
+        problems.append(f"a prompt must have a token, found padding of {list(padding or ())} in {tokens.size(1)} slots")
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if problems:

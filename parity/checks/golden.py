@@ -167,9 +167,7 @@ def _candidate(bench: Bench, golden: Golden, now: Evaluation) -> list[Compared]:
     ]
 
 
-def _who_moved(
-    whose: str, moved: list[str], found: list[Compared], golden: Golden, now: Evaluation, home: Path
-) -> str:
+def _who_moved(whose: str, moved: list[str], found: list[Compared], golden: Golden, now: Evaluation, home: Path) -> str:
     """Whose difference this is, and what to do."""
     drifted = moved or not all(one.passed for one in found)
     look = f"look: parity golden diff {home.name}; accept, if it is right: parity golden accept {home.name}"

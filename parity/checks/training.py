@@ -168,7 +168,8 @@ def _means(
     for at, (step, rows) in enumerate(parts):
         tokens = int((batches[step].labels[rows] != IGNORED).sum())
         expected = said.eager.losses[step][rows]
-        apart = [float(np.abs(other.losses[step][rows] - expected).sum()) / tokens for other in said.others]
+        there = [other for other in said.others if step < len(other.losses)]
+        apart = [float(np.abs(other.losses[step][rows] - expected).sum()) / tokens for other in there]
         floor, mean = max(floor, *apart), float(expected.sum()) / tokens
         bound = allowed(floor, mean, floors)
         gates.append(Gate(name=f"{what} {at}", off=abs(actual[at] - mean), bound=bound, floor=floor, scale=mean))

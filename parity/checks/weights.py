@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import ConfigError
+from converters.topology import Mesh
 from parity import ledgers
 from parity.causes import Cause
 from parity.checks.bench import Bench, measures
@@ -60,14 +61,20 @@ def coverage(bench: Bench) -> Iterator[Finding]:
     features = {"stored_lm_head"} if config.get("tie_word_embeddings") and "lm_head.weight" in stored else set()
     features |= {"stored_inv_freq"} if any(key.endswith("rotary_emb.inv_freq") for key in stored) else set()
     fused = any(name.endswith("linear_fc1.layer_norm_weight") for name in held)
+    topology = bench.case.topology
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
     plan = family.plan(
         "hf",
         "megatron" if fused else "megatron_local",
         config,
-        padded_vocab_size=bench.case.topology.tp * -(-config["vocab_size"] // bench.case.topology.tp),
+        padded_vocab_size=topology.tp * -(-config["vocab_size"] // topology.tp),
+        padded_query_groups=topology.query_groups(groups, config["num_attention_heads"] // groups),
         features=frozenset(features),
     )
-    yield from ledgers.findings("tensors", list(ledgers.tensor_rows(plan, stored, held)))
+    # One place of each model chunk: which of them hold a tensor depends on the stage.
+    places = [Mesh(topology, place) for place in topology.shards() if not place.tp + place.cp + place.dp]
+    plans = [plan.restrict(target=place) for place in places]
+    yield from ledgers.findings("tensors", list(ledgers.tensor_rows(plans, stored, held)))
     fields = {name for rank in ranks for name in rank.fields}
     try:
         rows = list(ledgers.config_rows(family.fields, config, fields))

@@ -1,4 +1,4 @@
-"""`parity golden list|diff|accept|verify`: look at golden values, decide about pending ones, hold them to this machine."""
+"""`parity golden list|diff|accept|verify`: look at golden values, decide about pending ones, verify them here."""
 
 from __future__ import annotations
 
@@ -33,13 +33,20 @@ def add(commands: Any) -> None:
     actions = golden.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, run, many, meaning in (
         ("list", _list, None, "every golden: what it holds, what made it, and its state"),
-        ("diff", _diff, "MODEL", "what is pending beside what is golden, the worst quantity first; 1 if beyond a bound"),
+        (
+            "diff",
+            _diff,
+            "MODEL",
+            "what is pending beside what is golden, the worst quantity first; 1 if beyond a bound",
+        ),
         ("accept", _accept, "MODEL", "make what is pending the golden; not under CI"),
         ("verify", _verify, "[MODEL ...]", "compute the values anew on this machine, and find what nothing uses"),
     ):
         action = actions.add_parser(name, allow_abbrev=False, help=meaning, description=meaning.capitalize() + ".")
         if many is not None:
-            action.add_argument("models", nargs="*" if name == "verify" else 1, metavar="MODEL", help="its folder's name")
+            action.add_argument(
+                "models", nargs="*" if name == "verify" else 1, metavar="MODEL", help="its folder's name"
+            )
         action.add_argument(
             "--golden", type=Path, default=DEFAULT, metavar="DIR", help="where goldens are (default: %(default)s)"
         )
@@ -99,7 +106,10 @@ def _diff(asked: argparse.Namespace) -> int:
     _print(_compared(found))
     print("\n".join(unmet))
     beyond = [one for one in found if not one.passed]
-    print(f"{len(beyond)} of {len(found)} quantities beyond their bounds; if that is right: parity golden accept {home.name}")
+    print(
+        f"{len(beyond)} of {len(found)} quantities beyond their bounds; "
+        f"if that is right: parity golden accept {home.name}"
+    )
     return 1 if beyond or unmet else 0
 
 
@@ -234,5 +244,3 @@ def _print(table: Table) -> None:
     console = Console()
     # A log has no width: a row stays a line there.
     console.print(table) if console.is_terminal else Console(width=160).print(table)
-
-

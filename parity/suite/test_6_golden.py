@@ -14,7 +14,7 @@ Run = Callable[[Any], None]
 
 
 def test_golden(run: Run, case: Any, request: pytest.FixtureRequest) -> None:
-    """transformers and the imported model, within bounds measured in this run."""
+    """What transformers says and the imported model, within bounds measured in this run."""
     options = request.config.stash[STATE].options
     shelf = golden.Shelf.of(request.config.invocation_params.dir, options.golden, options.regen_golden)
     if reason := shelf.skips(case):

@@ -108,6 +108,7 @@ def refused(tiny: Tiny, topology: Topology) -> list[str]:
             lambda: generate(chunks, prompts[0], 8, **size),
             lambda: generate(chunks, prompts + provider.vocab_size, 0, **size),
             lambda: generate(chunks, prompts, 8, padding=(1,), **size),
+            lambda: generate(chunks, prompts, 8, padding=(0, 16, 1), **size),
             lambda: Decoder(chunks, batch=3, max_length=15).feed(prompts),
             lambda: (blind(), generate(chunks, prompts, 8, padding=(0, 1, 2), **size)),
             lambda: [
@@ -134,6 +135,7 @@ def refused(tiny: Tiny, topology: Topology) -> list[str]:
                 "must be int64 of shape [b s]",
                 "ids from 131 to 261 of 131",
                 "padding must be one number of tokens for each of 3 rows",
+                "a prompt must have a token",
                 "at most 15 tokens, found 3 of 16",
                 "prompts must have one length",
                 "a prompt must be fed whole",

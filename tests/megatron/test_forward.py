@@ -175,6 +175,7 @@ def test_a_probe_leaves_nothing_behind(models: dict[str, Tiny], zygote: Zygote) 
     tiny = models["untied"]
     plain = tiny_llama.asked(tiny)
     ((_, after),) = zygote.run(observed_twice, tiny, segmented(tiny, SEGMENTS["packing"]), plain, timeout=60)
+    assert after is not None
     np.testing.assert_array_equal(after.logits, hf_observation(tiny.folder, plain).logits)
 
 

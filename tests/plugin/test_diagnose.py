@@ -56,7 +56,7 @@ def right(weights: str) -> Tensors:
 
 
 def causes(expected: Tensors, actual: Tensors, weights: str, topology: Topology = TP) -> list[Cause]:
-    return diagnose(expected, actual, CONFIG, topology, coded=weights == "coded")
+    return diagnose(expected, actual, CONFIG, topology, table=key_table(CONFIG) if weights == "coded" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,14 +409,14 @@ def test_a_missing_bias_is_named_beside_a_weight() -> None:
     table = key_table(config)
     expected = {key: coded.expected(table, key).view(np.float32) for key in table}
     found = {key: value for key, value in expected.items() if not key.endswith("o_proj.bias")}
-    (cause,) = diagnose(expected, found, config, Topology(tp=5), coded=True)
+    (cause,) = diagnose(expected, found, config, Topology(tp=5), table=table)
     assert cause == Cause(kind="missing tensors", what=("o_proj.bias",), where="layers 0-1")
     found = dict(expected)
     for name in ("q_proj", "k_proj"):
         for end in ("weight", "bias"):
             key = f"model.layers.1.self_attn.{name}.{end}"
             found[key] = found[key][np.arange(len(found[key])).reshape(-1, 12, 2).transpose(0, 2, 1).ravel()]
-    (cause,) = diagnose(expected, found, config, Topology(tp=5), coded=True)
+    (cause,) = diagnose(expected, found, config, Topology(tp=5), table=table)
     assert cause.names(Cause(kind="rows permuted", what=("q_proj", "k_proj")))
 
 

@@ -34,6 +34,8 @@ def test_defaults() -> None:
         device="auto",
         trust_remote_code=False,
         rank_timeout=300.0,
+        golden=None,
+        regen_golden=False,
     )
 
 
@@ -55,6 +57,8 @@ def test_defaults() -> None:
         ("device", "cuda", "device", "cuda"),
         ("trust_remote_code", "on", "trust_remote_code", True),
         ("rank_timeout", "2.5", "rank_timeout", 2.5),
+        ("golden", "kept/here", "golden", Path("kept/here")),
+        ("regen_golden", "on", "regen_golden", True),
     ],
 )
 def test_reads(key: str, text: str, field: str, value: object) -> None:

@@ -72,6 +72,7 @@ def test_checks_of_one_name_are_told_apart() -> None:
     twice = run(case(TP1, [measurement("logits"), measurement("logits", margin=7)]))
     once = run(case(TP1, [measurement("logits")]))
     assert kinds(once, twice) == {"gone": [f"{TP1} logits pass>"]}
+    assert difference(twice, once).worse, "what is gone is as bad as what fails"
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,9 @@ def test_complete_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write(path, {"a": float("nan")})
     assert (path.read_text(), list(tmp_path.iterdir())) == ("before", [path])
+    with path.open() as reader:
+        write(path, {"a": 1})
+        assert reader.read() == "before", "who reads the old file goes on reading it whole"
     write(path, {"schema": SCHEMA["$id"], **{name: {} for name in SCHEMA["required"][1:]}})
     assert load(path)["cases"] == {}
     assert list(tmp_path.iterdir()) == [path]

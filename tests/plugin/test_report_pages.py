@@ -21,8 +21,15 @@ HOSTILE = (
 )
 CAUSE = {"kind": "keys exchanged", "what": ["k_proj", "v_proj"], "where": "layer 0", "detail": ""}
 SELF_TEST = {
-    "score": "1 of 2",
-    "faults": [{"name": "k and v swapped", "checks": {"import": "caught", "loss": "missed"}}],
+    "summary": {"caught": 2, "survivors": 1, "false_alarms": 1},
+    "faults": [{"name": "k and v swapped", "equivalent": ""}, {"name": "bf16 to fp16", "equivalent": "in range"}],
+    "variants": [
+        {"fault": "k and v swapped", "killed": True, "verdicts": {"import": "caught", "loss": "passed"}},
+        {"fault": "k and v swapped", "killed": True, "verdicts": {"import": "passed", "loss": "not applicable"}},
+        {"fault": "eps", "killed": False, "verdicts": {"loss": "passed"}},
+        {"fault": "bf16 to fp16", "killed": False, "verdicts": {"loss": "passed"}},
+        {"fault": None, "killed": True, "verdicts": {"loss": "caught"}},
+    ],
 }
 
 
@@ -97,7 +104,14 @@ def test_the_page_shows_what_there_is() -> None:
     ):
         assert words in text
     assert "the same 1 rows as in" in text, "an account that two cases share stands there once"
-    assert '<td class="fail" title="k and v swapped, loss: missed">missed</td>' in text
+    for kind, name, check, said in (
+        ("wide", "k and v swapped", "import", "1 of 2"),
+        ("none", "k and v swapped", "loss", "·"),
+        ("fail", "eps", "loss", "missed"),
+        ("exact", "bf16 to fp16", "loss", "passed"),
+        ("fail", "no fault", "loss", "false alarm"),
+    ):
+        assert f'<td class="{kind}" title="{name}, {check}: {said}">{said}</td>' in text
     assert "interrupted" in text
     assert text.index("Failures</h2>") < text.index("Cases</h2>")
 
@@ -106,7 +120,7 @@ def test_the_page_shows_what_there_is() -> None:
 def test_hostile_texts_stay_texts(name: str) -> None:
     hostile = {
         **everything(HOSTILE),
-        "self_test": {"score": HOSTILE, "faults": [{"name": HOSTILE, "checks": {HOSTILE: HOSTILE}}]},
+        "self_test": {"variants": [{"fault": HOSTILE, "killed": True, "verdicts": {HOSTILE: HOSTILE}}]},
     }
     if name == "html":
         page, plain = Tags(html(hostile)), Tags(html({**everything("x"), "self_test": SELF_TEST}))

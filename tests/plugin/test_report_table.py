@@ -84,6 +84,7 @@ def test_a_failure_names_its_tensor_whole_whatever_the_width() -> None:
     detail = f"parameters differ (1):\n  tp=0: {name}: 9 of 9 elements differ; the first, [192, 0], should be another"
     failing = {**measurement("import", margin=0.1, detail=detail), "causes": [cause]}
     (row,) = rows_of(run(case(TP1, [failing])))
+    assert any(name in line for line in story(row, 45)), "too wide, but whole"
     for width in (60, 120):
         lines = story(row, width)
         assert any(name in line for line in lines)

@@ -1,0 +1,141 @@
+"""`parity self-test`: real faults through real ranks, and what it says when a check is blind or cries wolf."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parity import selftest, selftest_models
+from parity.__main__ import main
+from parity.findings import Measurement
+
+NAME = "k and v exchanged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stub(selftest.Check):
+    """A check that always says the same, and asks no rank."""
+
+    differing: tuple[str, ...] = ()
+
+    def load(self) -> Callable[..., Iterable[Any]]:
+        def check(_: object) -> Iterator[Measurement]:
+            yield Measurement.equal("stub", count=1, unit="things", differing=self.differing)
+
+        return check
+
+
+def run(*options: str) -> int:
+    return main(["self-test", *options])
+
+
+def test_faults_are_caught_and_a_clean_run_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = tmp_path / "found.json"
+    cheap = tuple(check for check in selftest.CHECKS if not check.dear)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selftest, "CHECKS", cheap)
+        assert run("--fault", f"layout:{NAME}", "--seeds", "1", "--json", str(at)) == 0
+    found = json.loads(at.read_text())
+    assert found["schema"] == "llama-parity/self-test/1"
+    assert {"passed": True, "faults": 1, "variants": 6, "survivors": 0, "false_alarms": 0}.items() <= found[
+        "summary"
+    ].items()
+    assert set(found) == {
+        "schema",
+        "summary",
+        "converter",
+        "checks",
+        "faults",
+        "variants",
+        "not_applicable",
+        "beds",
+        "versions",
+    }
+    verdicts = {(one["at"], bool(one["layers"])): one["verdicts"] for one in found["variants"]}
+    assert verdicts["import", False] == {"import": "caught", "round trip": "caught", "logits": "caught"}
+    assert verdicts["export", True] == {"export": "caught", "round trip": "caught"}
+    # Wrong in both directions, the round trip is clean: which is why each is checked by itself.
+    assert verdicts["cancel", True] == {"import": "caught", "export": "caught", "round trip": "passed"}
+    assert set(verdicts[None, False].values()) == {"passed"}
+    said = capsys.readouterr().out
+    assert "1 faults, 6 variants: 6 caught, 0 survive; 1 clean runs, 0 false alarms" in said
+
+
+def test_ranks_that_fail_and_faults_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = tmp_path / "found.json"
+    cheap = tuple(check for check in selftest.CHECKS if check.name == "import")
+    wanted = {"ranks: a rank raises": "crashed", "ranks: a rank dies": "crashed", "down_proj lost": "refused"}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selftest, "CHECKS", (*cheap, Stub(name="round trip", function="", reads=("import",))))
+        faults = [fault for fault in selftest.all_faults() if fault.name in wanted]
+        patched.setattr(selftest, "all_faults", lambda: [_at_import(fault) for fault in faults])
+        assert run("--seeds", "0", "--json", str(at)) == 0
+    found = {one["fault"]: one["verdicts"]["import"] for one in json.loads(at.read_text())["variants"]}
+    assert found == wanted
+
+
+def _at_import(fault: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(fault, at=("import",), checks=("import",))
+
+
+def test_a_blind_check_lets_faults_survive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(selftest, "CHECKS", (Stub(name="import", function="", reads=("import",)),))
+    assert run("--fault", NAME, "--seeds", "1") == 1
+    said = capsys.readouterr().out
+    assert "survives: k and v exchanged [import] tied-tp2-pp1 (import passed)" in said
+    assert "0 caught, 4 survive" in said  # on export alone, no check of this run has a say
+
+
+def test_a_false_alarm_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wolf = Stub(name="import", function="", reads=("import",), differing=("everything",))
+    monkeypatch.setattr(selftest, "CHECKS", (wolf,))
+    assert run("--fault", NAME, "--seeds", "2") == 1
+    said = capsys.readouterr().out
+    assert "false alarm: clean tied-tp2-pp1" in said
+    assert "2 clean runs, 2 false alarms" in said
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--fault", "no such fault") == 2
+    assert run("--converter", "nowhere") == 2
+    assert run("--seeds", "-1") == 2
+    assert run("--model", "nobody/no-such-model-here", "--size", "full") == 2
+    said = capsys.readouterr().err
+    assert "selects nothing" in said
+    assert "no converter 'nowhere'" in said
+
+
+def test_diagnosis_is_required_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    wolf = Stub(name="import", function="", reads=("import",), differing=("everything",))
+    monkeypatch.setattr(selftest, "CHECKS", (wolf,))
+    assert run("--fault", NAME, "--seeds", "0") == 0
+    assert run("--fault", NAME, "--seeds", "0", "--require-diagnosis", "0.9") == 1
+
+
+def test_selection_by_glob() -> None:
+    names = [fault.name for fault in selftest.selected("layout:*norm*")]
+    assert names == []
+    assert all(fault.family == "dtype" for fault in selftest.selected("dtype:*"))
+    assert [fault.name for fault in selftest.selected("gate and up *")] == ["gate and up exchanged"]
+
+
+def test_equivalent_faults_are_few_and_say_why() -> None:
+    found = [fault for fault in selftest.selected("*") if fault.equivalent]
+    assert [fault.name for fault in found] == [
+        "equivalent: norms by way of float16",
+        "equivalent: positions moved",
+    ]
+
+
+def test_clean_runs_go_over_every_bed() -> None:
+    stock = selftest_models.packaged()
+    clean = selftest.variants("no fault", stock=stock, seeds=len(stock.beds) + 1)
+    assert [one.bed for one in clean] == [*stock.beds, stock.beds[0]]
+    assert [one.seed for one in clean] == [0] * len(stock.beds) + [1]
