@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from parity.checks.bench import Bench
 from parity.pickled import read, write
@@ -82,7 +82,8 @@ class ReplayBench(Bench):
         answer = self.answers[at]
         if isinstance(answer, RankFailure):
             raise answer
-        return answer  # type: ignore[no-any-return]
+        found: list[Any] = answer
+        return found
 
     @property
     def coded(self) -> Path:
@@ -210,7 +211,7 @@ def _keep_groups() -> None:
     parallel.initialize = initialize
 
 
-def said_by(failure: RankFailure) -> str:
+def said_by(failure: RankFailure) -> Literal["refused", "hung", "not here", "broken", "crashed"]:
     """What kind of failure it is: `refused` by a `ConversionError`, `hung`, `not here`, `broken`, or `crashed`."""
     if failure.kind == "timeout":
         return "hung"

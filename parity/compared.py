@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from converters.execute import bits
+from converters.topology import Topology
+from parity.causes import Cause
 from parity.findings import Measurement
-from parity.folders import differences as _differences
-from parity.folders import read as _read
+from parity.folders import differences, opened, read, tensor_causes
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+class Rounded(Mapping[str, torch.Tensor]):
+    """The tensors of one checkpoint in the dtypes of another, each rounded when it is asked for."""
+
+    def __init__(self, tensors: Tensors, like: Tensors) -> None:
+        self._tensors, self._like = tensors, like
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor = self._tensors[key]
+        return tensor.to(self._like[key].dtype) if key in self._like else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def tensors(first: Path, second: Path) -> list[Measurement]:
@@ -23,20 +42,36 @@ def tensors(first: Path, second: Path) -> list[Measurement]:
     A tensor in another dtype must be what rounding the first's numbers once gives, which is said in the unit. A tied
     head that only one of them stores must be its embedding.
     """
-    before, after = _read(first), _read(second)
-    differing = [f"{key}: not in the second" for key in sorted(before.keys() - after.keys()) if not _tied(key, before)]
-    differing += [f"{key}: not in the first" for key in sorted(after.keys() - before.keys()) if not _tied(key, after)]
+    source = read(first)
+    after, unreadable = opened(second)
+    before = Rounded(source, after)
+    causes = [Cause(kind="unreadable", what=(file,), detail=why) for file, why in unreadable]
+    differing = [f"{file}: {why}" for file, why in unreadable]
+    copies = [key for key in source.keys() ^ after.keys() if _tied(key, source if key in source else after)]
+    differing += [f"{key}: not in the second" for key in sorted(source.keys() - after.keys() - {*copies})]
+    differing += [f"{key}: not in the first" for key in sorted(after.keys() - source.keys() - {*copies})]
+    shared = sorted(source.keys() & after.keys())
     casts: dict[str, int] = {}
-    shared = sorted(before.keys() & after.keys())
     for key in shared:
-        expected, actual = before[key], after[key]
-        if expected.dtype != actual.dtype:
-            change = f"{_name(expected.dtype)} -> {_name(actual.dtype)}"
+        if source[key].dtype != after[key].dtype:
+            change = f"{_name(source[key].dtype)} -> {_name(after[key].dtype)}"
             casts[change] = casts.get(change, 0) + 1
-            expected = expected.to(actual.dtype)
-        differing += _differences(key, actual, expected, None)
+        differing += differences(key, after[key], before[key], None)
+    if differing:
+        config = json.loads((first / "config.json").read_text())
+        left, right = ({key: side[key] for key in side if key not in copies} for side in (before, after))
+        causes += tensor_causes(left, right, config, Topology(), None)
     cast = "".join(f", {count} rounded once {change}" for change, count in casts.items())
-    return [Measurement.equal("tensors", count=len(shared), unit=f"tensors{cast}", differing=differing)]
+    tied = f"; {' and '.join(copies)}, a copy of the embedding, is stored by one of them" if copies else ""
+    return [
+        Measurement.equal(
+            "tensors",
+            count=len(shared),
+            unit=f"tensors{cast}{tied}",
+            differing=differing,
+            causes=causes,
+        )
+    ]
 
 
 def _tied(key: str, tensors: Tensors) -> bool:

@@ -143,7 +143,7 @@ class _Tensor:
         def keep(kind: str, mask: Bools, detail: str = "", source: str = "", part: bool = False) -> None:
             where: Bools = wrong & (mask[:, None] if axis == 0 else mask[None])
             out.append(self._trace(kind, where, _part(where, self.tp) if part else "", detail, source))
-            wrong[where] = False
+            np.copyto(wrong, False, where=where)
             lines[mask] = False
 
         home = self.numbering.key_of(self.start)
@@ -274,7 +274,7 @@ def _zero_lines(found: Floats, wrong: Bools) -> Bools:
     zero: Bools = found == 0
     if found.shape[1] == 1:
         return zero if 2 * int((zero & wrong).sum()) >= int(wrong.sum()) else np.zeros_like(zero)
-    return zero & (zero.all(axis=1)[:, None] | zero.all(axis=0)[None])
+    return np.asarray(zero & (zero.all(axis=1, keepdims=True) | zero.all(axis=0, keepdims=True)))
 
 
 def _misshapen(key: str, right: Floats, found: Floats) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ class Reference:
 
     Attributes:
         eager: Whole batches, plain attention; the gradients of its first batch are in the file.
-        others: The same otherwise, half a batch at a time and the second half first: fused attention; and plain
-            attention, on the first batch only.
+        others: The same otherwise, half a batch at a time and the second half first, each matrix product in two (see
+            `_split_sums`): fused attention; and plain attention, on the first batch only.
         scales: For each Hugging Face key, the largest absolute gradient.
         floors: For each key, the largest difference between the gradients of `eager` and of any other evaluation.
         norm_floor: The largest L2 norm of the difference of all gradients, which bounds the difference of their norms.
@@ -92,6 +93,8 @@ def _course(
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model.eval()  # as regards dropout
+    if parts > 1:
+        _split_sums(model)
     optimizer = adamw(model, recipe)
     first: dict[str, Tensor] = {}
     losses: list[Floats] = []
@@ -123,6 +126,31 @@ def backward(model: Any, lesson: Lesson, parts: int) -> Tensor:
         (loss.sum() / labelled).backward()
         losses[part] = loss.detach().double().view_as(labels[part])
     return losses
+
+
+def _split_sums(model: Any) -> None:
+    """Have every matrix product made of two, cut where tensor parallelism cuts it: another order of summation.
+
+    Attention and the batch alone would leave the first token of each sequence as it is, to the bit: it attends only to
+    itself. Trained models keep their largest activations there, and most of the noise of their gradients.
+    """
+
+    def by_row(linear: torch.nn.Linear, tokens: Tensor) -> Tensor:
+        middle = linear.in_features // 2
+        weight = linear.weight
+        halves = tokens[..., :middle] @ weight[:, :middle].T + tokens[..., middle:] @ weight[:, middle:].T
+        return halves if linear.bias is None else halves + linear.bias
+
+    def by_column(linear: torch.nn.Linear, tokens: Tensor) -> Tensor:
+        middle = linear.out_features // 2
+        weight = linear.weight
+        output = torch.cat([tokens @ weight[:middle].T, tokens @ weight[middle:].T], dim=-1)
+        return output if linear.bias is None else output + linear.bias
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            cut = by_row if name.endswith(("o_proj", "down_proj")) else by_column
+            module.forward = functools.partial(cut, module)  # type: ignore[method-assign]
 
 
 def adamw(model: Any, recipe: Recipe) -> torch.optim.AdamW:

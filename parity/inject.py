@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from converters.topology import Topology
 from parity.breaks import InjectionError, NotHereError
 from parity.converter import Converter, Settings
-from parity.mutations import Live, Mutation, Patch
+from parity.mutations import Live, Mutation, OnFolder, Patch
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -68,7 +68,7 @@ class Faulty:
             if isinstance(mutation, Live):
                 apply_live(mutation, chunks, config["vocab_size"])
         self.inner.to_hf(chunks, source, target)
-        changes = [mutation for mutation in self.on_export if not isinstance(mutation, Live | Patch)]
+        changes = _on_folder(self.on_export)
         if not changes:
             return
 
@@ -88,7 +88,7 @@ class Faulty:
 
         from converters import collective
 
-        changes = [mutation for mutation in self.on_import if not isinstance(mutation, Live | Patch)]
+        changes = _on_folder(self.on_import)
         if not changes:
             yield folder
             return
@@ -105,7 +105,7 @@ class Faulty:
         if collective.rank() == 0:
             shutil.rmtree(copy)
 
-    def _changed(self, folder: Path, source: Path, changes: Sequence[Mutation]) -> Draft:
+    def _changed(self, folder: Path, source: Path, changes: Sequence[OnFolder]) -> Draft:
         """The checkpoint in `folder`, changed."""
         from parity.drafts import Draft, Scene, apply
 
@@ -123,3 +123,7 @@ class Faulty:
         if draft.same(before) and not any(mutation.idle for mutation in changes):
             raise NotHereError(f"{changes} changes nothing in {folder}")
         return draft
+
+
+def _on_folder(given: Sequence[Mutation]) -> list[OnFolder]:
+    return [mutation for mutation in given if not isinstance(mutation, Live | Patch)]

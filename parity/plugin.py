@@ -123,6 +123,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     try:
         converter.require(state.options.converter)
+        if state.options.against is not None:
+            config_of(state.options.against)
         state.cases, state.left_out = matrix(state.options, config_of)
     except ConversionError as error:
         raise pytest.UsageError(f"--model {','.join(state.options.models)}: {error}") from error

@@ -55,7 +55,8 @@ def causes_of(failure: RankFailure) -> tuple[Cause, ...]:
     if "dtypes differ" in message:
         out.append(Cause(kind="dtype", what=shorts(_KEY.findall(message))))
     if "ConfigError" in message or "config of a" in message:
-        names = {_TABLE_NAMES.get(name, field_name(name)) for name in _FIELD.findall(_config_part(message))}
+        found = [name for name in _FIELD.findall(_config_part(message)) if "self." not in name and "rror" not in name]
+        names = {_TABLE_NAMES.get(name, field_name(name)) for name in found}
         out.append(Cause(kind="config", what=tuple(sorted(names))))
     return tuple(out) or (Cause(kind="ranks", where=where, detail=first),)
 

@@ -204,7 +204,10 @@ def _self_test(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
     variants = found.get("variants")
-    if not (isinstance(variants, list) and all(isinstance(one.get("verdicts"), dict) for one in variants)):
+    if not (
+        isinstance(variants, list)
+        and all(isinstance(one, dict) and isinstance(one.get("verdicts"), dict) for one in variants)
+    ):
         return {"score": "", "columns": [], "lines": [], "text": json.dumps(found, indent=1)[:100_000]}
     columns = list(dict.fromkeys(check for one in variants for check in one["verdicts"]))
     faults: dict[str, list[Mapping[str, Any]]] = {}

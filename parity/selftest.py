@@ -140,8 +140,7 @@ class _Job:
         except NotApplicable as reason:
             self.verdict, self.said = "not applicable", str(reason)
         except RankFailure as failure:
-            kind = said_by(failure)
-            self.verdict, self.said = "not applicable" if kind == "not here" else kind, str(failure)  # type: ignore[assignment]
+            self._failed(failure)
         except Exception as error:  # a check that breaks fails its test as well
             self.verdict, self.said = "crashed", f"{type(error).__name__}: {error}"
         else:
@@ -149,7 +148,14 @@ class _Job:
             self.verdict = "caught" if failed else "passed"
             self.said = "\n".join(one.verdict for one in failed)
             self.causes = [cause for one in failed for cause in one.causes]
+            for answer in self.bench.answers:
+                if failed and isinstance(answer, RankFailure):  # which the check has made a finding of
+                    self._failed(answer)
         return None
+
+    def _failed(self, failure: RankFailure) -> None:
+        kind = said_by(failure)
+        self.verdict, self.said = "not applicable" if kind == "not here" else kind, str(failure)
 
 
 def variants(names: str = "*", *, stock: Stock, seeds: int = 1, full: bool = False) -> list[Variant]:
