@@ -215,8 +215,8 @@ def said_by(failure: RankFailure) -> Literal["refused", "hung", "not here", "bro
     """What kind of failure it is: `refused` by a `ConversionError`, `hung`, `not here`, `broken`, or `crashed`."""
     if failure.kind == "timeout":
         return "hung"
-    last = [line for line in failure.traceback.splitlines() if line and not line.startswith((" ", "\t"))][-1:]
-    kind = re.match(r"[\w.]*", last[0])[0] if last else ""  # type: ignore[index]  # it matches the empty string
+    raised = re.findall(r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Failure))(?::|$)", failure.traceback, re.MULTILINE)
+    kind = raised[-1] if raised else ""
     if kind.endswith("NotHereError"):
         return "not here"
     if kind.endswith("InjectionError"):

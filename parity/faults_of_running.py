@@ -93,6 +93,7 @@ FAULTS = (
             at=("import",),
             needs=("ranks",),
             causes=(Cause(kind="ranks"),),
+            checks=("import",),
         )
         for name, source in RANKS
     ),

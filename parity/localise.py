@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 ELSEWHERE = (("decod", "cache"), ("generat", "cache"), ("gradient", "gradients"), ("loss curve", "gradients"))
 """Words in the name of a check that no forward of a whole sequence explains, and the sub-module that it is about."""
-COMPUTED_BY = {"positions": "positions", "left padding": "mask", "packed": "mask"}
-"""What computes what a probe asks for beyond the plain one, by the first words of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +102,9 @@ def _of_forward(bench: Bench, probe: Probe, *, alone: bool, loss: bool) -> Local
     if verdict.first is None and loss:
         return _computation("loss", f"logits and all activations agree, and the loss does not\n{lines}")
     causes = verdict.causes
-    part = next((part for words, part in COMPUTED_BY.items() if probe.name.startswith(words)), None)
-    if alone and part is not None and causes and all(cause.kind == "computation" for cause in causes):
-        causes = (Cause(kind="computation", what=(part,), where=causes[0].where, detail=causes[0].detail),)
+    if alone and probe.name.startswith("positions") and causes and all(cause.kind == "computation" for cause in causes):
+        # Where positions count up from 0, the same sub-module is right.
+        causes = (Cause(kind="computation", what=("positions",), where=causes[0].where, detail=causes[0].detail),)
     return Localised(causes=causes, text=lines)
 
 

@@ -134,8 +134,15 @@ def _pulled(
     return pulled.put(name, numbers, actual, stated)
 
 
-def exported(converter: Converter, folder: Path, settings: Settings, target: Path) -> Found:
+def exported(converter: Converter, folder: Path, blank: Path, settings: Settings, target: Path) -> Found:
     """Export a model whose parameters are set by the independent statement, and compare with the coded checkpoint.
+
+    Args:
+        converter: The converter under test.
+        folder: The coded checkpoint.
+        blank: What the converter is told that the model stems from: without the weights, which are the model's to give.
+        settings: What the model is built for.
+        target: The folder to make.
 
     Returns:
         What was found; only rank 0 compares.
@@ -148,7 +155,7 @@ def exported(converter: Converter, folder: Path, settings: Settings, target: Pat
     for _, held, stated in _stated(chunks, folder, settings):
         for name, parameter in held.parameters.items():
             parameter.data.copy_(stated[name])
-    converter.to_hf(chunks, folder, target)
+    converter.to_hf(chunks, blank, target)
     return _compared(folder, target, settings, _table(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,12 +41,14 @@ class Check:
         function: `module:function` under `parity.checks`.
         reads: The directions that it goes: `import`, `export`.
         dear: It takes seconds, and so runs for faults that name it alone, unless all is asked for.
+        asks: The check that asks ranks the same, if there is one: they are asked once.
     """
 
     name: str
     function: str
     reads: tuple[str, ...]
     dear: bool = False
+    asks: str = ""
 
     def load(self) -> Callable[..., Iterable[Any]]:
         """The check."""
@@ -55,6 +58,7 @@ class Check:
 
 CHECKS: tuple[Check, ...] = (
     Check(name="import", function="weights:imported", reads=("import",)),
+    Check(name="config", function="weights:config_in_the_model", reads=("import",), asks="import"),
     Check(name="export", function="weights:exported", reads=("export",)),
     Check(name="round trip", function="weights:round_trip", reads=("import", "export")),
     Check(name="logits", function="forward:logits_and_loss", reads=("import",)),
@@ -227,14 +231,18 @@ class SelfTest:
         jobs = self._jobs(asked)
         waiting = list(jobs)
         while waiting:
-            questions = [(job, question) for job in waiting if (question := job.step()) is not None]
-            done = len(jobs) - len(questions)
+            asked_now: dict[bytes, tuple[Question, list[_Job]]] = {}
+            for job in waiting:
+                if (question := job.step()) is not None:
+                    same = (job.bench.case.topology, question)
+                    asked_now.setdefault(pickle.dumps(same), (question, []))[1].append(job)
+            waiting = [job for _, askers in asked_now.values() for job in askers]
+            done = len(jobs) - len(waiting)
             progress(done, len(jobs))
-            for batch in _batches(questions):
+            for batch in _batches(asked_now.values()):
                 self._answer(batch)
-                done += len(batch) // 2
+                done += sum(len(askers) for _, askers in batch) // 2
                 progress(min(done, len(jobs)), len(jobs))
-            waiting = [job for job, _ in questions]
         outcomes = {id(variant): Outcome(variant=variant) for variant in asked}
         for job in jobs:
             assert job.verdict is not None
@@ -245,25 +253,27 @@ class SelfTest:
                 outcome.said[job.check.name] = job.said
         return list(outcomes.values())
 
-    def _answer(self, batch: Sequence[tuple[_Job, Question]]) -> None:
+    def _answer(self, batch: Sequence[_Asked]) -> None:
         folder = Path(tempfile.mkdtemp(prefix="batch-", dir=self._scratch))
-        job = batch[0][0]
+        job = batch[0][1][0]
         hangs = job.variants[0].fault is not None and job.variants[0].fault.name == "ranks: a rank hangs"
         found = answered(
             self.shared.zygote,
-            [question for _, question in batch],
+            [question for question, _ in batch],
             job.variants[0].bed.topology,
             folder,
             timeout=HANG if hangs else TIMEOUT,
         )
-        for (job, _), answer in zip(batch, found, strict=True):
-            job.bench.answers.append(answer)
-            shutil.rmtree(job.bench.folder, ignore_errors=True)
+        for (_, askers), answer in zip(batch, found, strict=True):
+            for asker in askers:
+                asker.bench.answers.append(answer)
+                shutil.rmtree(asker.bench.folder, ignore_errors=True)
         shutil.rmtree(folder)
 
     def _jobs(self, asked: Sequence[Variant]) -> list[_Job]:
         """One for each thing that a check would do: variants that a check cannot tell apart share it."""
         jobs: dict[object, _Job] = {}
+        folders: dict[object, int] = {}
         for variant in asked:
             fault = variant.fault
             there, back = ((), ()) if fault is None else fault.mutations(variant.at)
@@ -280,7 +290,8 @@ class SelfTest:
                     continue
                 key = (check.name, variant.bed, variant.seed, *wrong, variant.layers)
                 if key not in jobs:
-                    bench = self._bench(variant, *wrong, number=len(jobs))
+                    number = folders.setdefault((check.asks or check.name, *key[1:]), len(folders))
+                    bench = self._bench(variant, *wrong, number=number)
                     jobs[key] = _Job(check=check, variants=[], bench=bench, alone=fault is not None and fault.runs)
                 jobs[key].variants.append(variant)
         return list(jobs.values())
@@ -317,13 +328,18 @@ class SelfTest:
         return self._subjects[model, seed]
 
 
-def _batches(questions: Sequence[tuple[_Job, Question]]) -> Iterator[list[tuple[_Job, Question]]]:
+_Asked = tuple[Question, list[_Job]]
+"""A question, and the checks that ask it."""
+
+
+def _batches(questions: Iterable[_Asked]) -> Iterator[list[_Asked]]:
     """Questions that one set of ranks can answer; a fault of a process has its own."""
-    together: dict[object, list[tuple[_Job, Question]]] = {}
-    for job, question in questions:
-        topology = job.variants[0].bed.topology
+    together: dict[object, list[_Asked]] = {}
+    for question, askers in questions:
+        job = askers[0]
+        topology = job.bench.case.topology
         key = (topology, job.variants[0].fault, job.variants[0].at) if job.alone else (topology,)
-        together.setdefault(key, []).append((job, question))
+        together.setdefault(key, []).append((question, askers))
     for group in together.values():
         for at in range(0, len(group), BATCH):
             yield group[at : at + BATCH]

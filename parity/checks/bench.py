@@ -133,6 +133,25 @@ class Bench:
         found: Path = self.shared.once(("coded", self.case.slug, self.case.precision), write)
         return found
 
+    @property
+    def blank(self) -> Path:
+        """The coded checkpoint with zeros for weights: what an export may take everything from but the weights."""
+
+        def write() -> Path:
+            folder = Path(tempfile.mkdtemp(prefix="blank-", dir=self.shared.folder))
+            for file in self.coded.iterdir():
+                if file.suffix != ".safetensors":
+                    shutil.copyfile(file, folder / file.name)
+                    continue
+                with file.open("rb") as whole, (folder / file.name).open("wb") as empty:
+                    size = whole.read(8)
+                    empty.write(size + whole.read(int.from_bytes(size, "little")))
+                    empty.truncate(file.stat().st_size)  # a hole, which reads as zeros
+            return folder
+
+        found: Path = self.shared.once(("blank", self.case.slug, self.case.precision), write)
+        return found
+
     def scratch(self) -> AbstractContextManager[str]:
         """A folder for an export, removed at once."""
         return tempfile.TemporaryDirectory(prefix="export-", dir=self.shared.folder)

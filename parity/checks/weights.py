@@ -89,7 +89,7 @@ def exported(bench: Bench) -> Iterator[Finding]:
     """A model set up by the independent statement exports the checkpoint that the statement was made from."""
     with bench.scratch() as scratch:
         target = Path(scratch) / "exported"
-        found = bench.ranks("measure:exported", bench.converter, bench.coded, bench.settings, target)[0]
+        found = bench.ranks("measure:exported", bench.converter, bench.coded, bench.blank, bench.settings, target)[0]
     yield Measurement.equal(
         "export, coded",
         count=found.count,

@@ -125,6 +125,13 @@ def _self_test(given: str, scratch: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"--self-test {path}: expected what `parity self-test --json` writes: {error}") from error
     if not isinstance(found, dict) or not str(found.get("schema", "")).startswith("llama-parity/self-test/"):
         raise CheckpointError(f"--self-test {path}: expected what `parity self-test --json` writes")
+    if not found["summary"]["passed"]:
+        raise CheckpointError(f"no certificate: the self-test in {path} did not pass")
+    if found["versions"].get("llama-parity") != _version("llama-parity"):
+        raise CheckpointError(
+            f"--self-test {path}: of llama-parity {found['versions'].get('llama-parity')}, here is "
+            f"{_version('llama-parity')}: run it again"
+        )
     return found
 
 

@@ -57,10 +57,16 @@ def test_faults_are_caught_and_a_clean_run_is_not(tmp_path: Path, capsys: pytest
         "versions",
     }
     verdicts = {(one["at"], bool(one["layers"])): one["verdicts"] for one in found["variants"]}
-    assert verdicts["import", False] == {"import": "caught", "round trip": "caught", "logits": "caught"}
+    assert verdicts["import", False] == {
+        "import": "caught",
+        "config": "passed",
+        "round trip": "caught",
+        "logits": "caught",
+    }
     assert verdicts["export", True] == {"export": "caught", "round trip": "caught"}
     # Wrong in both directions, the round trip is clean: which is why each is checked by itself.
-    assert verdicts["cancel", True] == {"import": "caught", "export": "caught", "round trip": "passed"}
+    cancelled = {"import": "caught", "config": "passed", "export": "caught", "round trip": "passed"}
+    assert verdicts["cancel", True] == cancelled
     assert set(verdicts[None, False].values()) == {"passed"}
     said = capsys.readouterr().out
     assert "1 faults, 6 variants: 6 caught, 0 survive; 1 clean runs, 0 false alarms" in said
