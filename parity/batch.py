@@ -100,7 +100,7 @@ class ReplayBench(Bench):
         return found
 
     @contextmanager
-    def scratch(self) -> Iterator[str]:  # type: ignore[override]  # the same folder each time the check is run
+    def scratch(self) -> Iterator[str]:
         """A folder for an export."""
         self.folder.mkdir(exist_ok=True)
         yield str(self.folder)

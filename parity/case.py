@@ -109,9 +109,12 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
     for model, slug in slugs(options).items():
         config = config_of(model, revision=options.revision, size=options.size, layers=options.layers)
         layers = _field(config, "num_hidden_layers")
-        meshes = itertools.product(options.tp, options.pp, options.vpp, options.cp, options.dp, options.sp)
+        sizes = (options.tp, options.pp, options.vpp, options.cp, options.dp, options.sp)
+        backends = options.backend
+        if options.against is not None:  # two checkpoints are compared as they are: layouts and backends play no part
+            sizes, backends = ((1,),) * 5 + ((False,),), ("against",)
         for (tp, pp, vpp, cp, dp, sp), precision, backend in itertools.product(
-            meshes, options.precision, options.backend
+            itertools.product(*sizes), options.precision, backends
         ):
             shared: dict[str, Any] = {
                 "model": model,

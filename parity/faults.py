@@ -134,8 +134,8 @@ NOT_YET: tuple[tuple[str, str], ...] = (
 
 def all_faults() -> tuple[Fault, ...]:
     """The catalogue, in the order of its families."""
-    from parity.faults_of_files import FAULTS as FILES
-    from parity.faults_of_running import FAULTS as RUNNING
-    from parity.faults_of_weights import FAULTS as WEIGHTS
+    from parity import faults_of_files, faults_of_layout, faults_of_missing, faults_of_running, faults_of_values
 
-    return tuple(sorted((*WEIGHTS, *FILES, *RUNNING), key=lambda fault: FAMILIES.index(fault.family)))
+    modules = (faults_of_layout, faults_of_missing, faults_of_files, faults_of_values, faults_of_running)
+    found = [fault for module in modules for fault in module.FAULTS]
+    return tuple(sorted(found, key=lambda fault: FAMILIES.index(fault.family)))

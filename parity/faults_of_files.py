@@ -104,6 +104,35 @@ _FIELDS = (
     ("dtype recorded wrongly", "Automodel #2549", "torch_dtype", "set", "float16", (), EXPORT, "dtype"),
 )
 
+_IN_TENSORS = frozenset(
+    {
+        "head_dim",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "vocab_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+    }
+)
+"""Fields that tensors disagree with: which of the two is wrong cannot be told."""
+
+
+def _causes(field: str, full: str) -> tuple[Cause, ...]:
+    name = full or field.replace("rope.", "rope_scaling.")
+    named = [Cause(kind="config", what=(name,))]
+    if field.startswith("rope") and field != "rope_theta":  # its type stands for its fields, and the reverse
+        parts = ("factor", "rope_type", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        named += [
+            Cause(kind="config", what=(f"rope_scaling.{part}",))
+            for part in parts
+            if field in ("rope", "rope.rope_type")
+        ]
+    if field in _IN_TENSORS:
+        named += [Cause(kind="missing tensors"), Cause(kind="extra tensors"), Cause(kind="shape")]
+    return tuple(named)
+
+
 CONFIG = tuple(
     Fault(
         name=name,
@@ -112,12 +141,7 @@ CONFIG = tuple(
         does=(ConfigField(field, how, value),),  # type: ignore[arg-type]  # literals, above
         at=at or ("import", "export", "cancel"),
         needs=needs,
-        causes=tuple(
-            Cause(kind="config", what=(spelled,))
-            for spelled in dict.fromkeys(
-                (full or field, field.replace("rope.", "rope_scaling."), field.replace("rope.", "rope_parameters."))
-            )
-        ),
+        causes=_causes(field, full),
     )
     for name, source, field, how, value, needs, at, full in _FIELDS
 )

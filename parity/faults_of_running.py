@@ -26,7 +26,6 @@ DECODING = (
     ("cache stale by one", "", (), ("cache",)),
     ("decode positions off by one", "", (), ("positions", "cache")),
     ("padding ignored in decode", "", (), ("mask", "cache")),
-    ("padding rows chosen", "", ("padding",), ("head", "cache")),
 )
 TRAINING = (
     ("cp loss averaged", "a mean of each rank", ("cp",), ("loss", "gradients")),
@@ -103,8 +102,20 @@ FAULTS = (
         source="RoPE knows differences of positions only",
         does=(Patch("positions moved"),),
         at=("import",),
-        equivalent="attention depends on differences of positions, which a shift of all of them leaves alone",
-        checks=("logits",),
+        needs=("no cp", "no vpp"),
+        equivalent="attention depends on differences of positions, which a shift of all of them leaves alone; "
+        "far out, float32 angles round otherwise, which the logits of far positions do show",
+        checks=("decoding",),
+    ),
+    Fault(
+        name="equivalent: padding rows can be chosen",
+        family="running",
+        source="the vocabulary's padding",
+        does=(Patch("padding rows chosen"),),
+        at=("import",),
+        needs=("no cp", "no vpp", "padding"),
+        equivalent="the logit of a padding row is 0, and the best of a real vocabulary is above it",
+        checks=("decoding",),
     ),
     Fault(
         name="equivalent: norms by way of float16",

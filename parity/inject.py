@@ -107,7 +107,8 @@ class Faulty:
 
     def _changed(self, folder: Path, source: Path, changes: Sequence[OnFolder]) -> Draft:
         """The checkpoint in `folder`, changed."""
-        from parity.drafts import Draft, Scene, apply
+        from parity.drafts import Draft, Scene
+        from parity.mutate import apply
 
         config: dict[str, Any] = json.loads((source / "config.json").read_text())
         layers = self.layers or tuple(range(config["num_hidden_layers"]))

@@ -72,7 +72,7 @@ class Shards(_OnFolder):
 
 @dataclass(frozen=True)
 class Layers(_OnFolder):
-    """Layer n holds what layer f(n) should: a name of `parity.drafts.MOVES`."""
+    """Layer n holds what layer f(n) should: a name of `parity.mutate.MOVES`."""
 
     move: Literal["next", "previous", "exchanged", "stages", "chunks", "boundary", "first twice"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parity import mutations
 from parity.breaks import NotHereError
-from parity.drafts import value
+from parity.mutate import value
 
 
 def bare(chunk: Any) -> Any:

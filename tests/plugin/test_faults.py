@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from parity.causes import Cause
-from parity.drafts import Draft, Scene, apply
+from parity.drafts import Draft, Scene
 from parity.faults import FAMILIES, NEEDS, NOT_YET, Fault, all_faults
+from parity.mutate import apply
 from parity.mutations import ConfigField, Live, Patch, Reorder
 from parity.patches import PATCHES
 from parity.selftest import Variant, variants
