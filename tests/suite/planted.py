@@ -22,6 +22,8 @@ PACKAGES = ("converters", "parity")
 MEASURED = frozenset({"import", "export", "round_trip", "logits_and_loss"})
 IN_THE_MODEL = frozenset({"config_in_the_model", "coverage"})
 CHECKS = frozenset({"plan", "config"}) | MEASURED | IN_THE_MODEL
+SUITE = tuple(f"parity.suite.test_{name}" for name in ("1_metadata", "2_weights", "3_forward"))
+"""What runs: training, decoding and the rest have sabotage of their own in tests/megatron."""
 MODEL = ("--model", "meta-llama/Llama-3.2-1B", "--weights", "seeded", "--size", "tiny")
 LLAMA, FIELDS = "converters/models/llama.py", "converters/models/llama_fields.py"
 
@@ -96,7 +98,7 @@ def run(edits: tuple[Edit, ...], layout: tuple[str, ...], folder: Path, cache: P
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     environ |= {"PYTHONPATH": str(copy), "PARITY_CACHE": str(cache), "HF_HOME": str(cache / "hub"), "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugins, *MODEL, *layout, "-q", f"--junitxml={report}"],
+        [sys.executable, "-m", "pytest", *plugins, *MODEL, *layout, "-q", f"--junitxml={report}", "--pyargs", *SUITE],
         cwd=empty,
         env=environ,
         capture_output=True,
