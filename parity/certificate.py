@@ -69,7 +69,7 @@ def card_of(
     Args:
         folder: The checkpoint.
         files: As `files_of` found them before the run.
-        report: The run record of the suite on it (see `parity/report.schema.json`).
+        report: The run record of the suite on it (see `parity/report/schema.json`).
         self_test: What `parity self-test --json` wrote, or `None` where it was not run.
 
     Raises:

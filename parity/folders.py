@@ -17,8 +17,8 @@ from converters.execute import bits
 from converters.topology import Topology
 from parity import coded
 from parity.causes import Cause, field_name, shorts
-from parity.diagnose import diagnose
-from parity.provenance import Floats
+from parity.diagnosis.diagnose import diagnose
+from parity.diagnosis.provenance import Floats
 
 NOT_COMPARED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".py"}
 """Suffixes of weights in any format, of pickles, and of code, which only a trusted model carries over."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Parse = Callable[[str], Any]
 
 BACKENDS: tuple[str, ...] = ("megatron",)
-"""What a model is compared with. A new backend is a new name here and an observer in `parity.observe`."""
+"""What a model is compared with. A new backend is a new name here and an observer in `parity.observation.observe`."""
 
 SUFFIXES = (".json", ".md", ".html")
 """What the file of a report may end in, which says what is written into it."""

@@ -21,8 +21,8 @@ from converters.errors import ConversionError
 from parity.case import Case, matrix
 from parity.options import OPTIONS, Options, resolve, tool_table
 from parity.record import Record
-from parity.report_facts import CASE_PROPERTY
-from parity.report_run import claim_all, summarise
+from parity.report.facts import CASE_PROPERTY
+from parity.report.run import claim_all, summarise
 
 if TYPE_CHECKING:
     from parity.ranks import Zygote

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from parity.activations import LOGITS, Reach, Yardstick, merged, reached
 from parity.checks.bench import Bench
 from parity.findings import Finding, Lines, Measurement
+from parity.observation.activations import LOGITS, Reach, Yardstick, merged, reached
 from parity.probes import probes
 
 
@@ -15,12 +15,14 @@ def every_block(bench: Bench) -> Iterator[Finding]:
     case, subject = bench.case, bench.subject
 
     def ask() -> Mapping[str, Yardstick]:
-        found: Mapping[str, Yardstick] = bench.alone("taps:reference", subject.folder, probe, case.precision)
+        found: Mapping[str, Yardstick] = bench.alone(
+            "observation.taps:reference", subject.folder, probe, case.precision
+        )
         return found
 
     probe = probes(subject.config, subject.folder, prose=subject.weights != "seeded")[0]
     sticks = bench.shared.once(("blocks", case.slug, case.precision), ask)
-    ranks = bench.ranks("taps:of_blocks", bench.converter, subject.folder, bench.settings, probe)
+    ranks = bench.ranks("observation.taps:of_blocks", bench.converter, subject.folder, bench.settings, probe)
     actual = merged(ranks)
     found = reached(sticks, actual, precision=case.precision, tp=case.topology.tp, floors=case.max_floors)
     missing = [name for name in sticks if name != LOGITS and name not in actual]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from parity.case import Case
 from parity.converter import Converter, Named, Settings
 from parity.devices import device_of
+from parity.diagnosis.refusals import causes_of
 from parity.findings import Finding, Measurement
 from parity.rank_failure import RankFailure
-from parity.refusals import causes_of
 from parity.subjects import Subject
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ def logits(bench: Bench) -> Iterator[Finding]:
     from parity.checks.forward import asked, held
 
     case, questions = bench.case, asked(bench)
-    answers = bench.alone("forward_in_ranks:transformers", _other(bench).folder, questions[0], case.precision)
+    answers = bench.alone("observation.forward:transformers", _other(bench).folder, questions[0], case.precision)
     for probe, reference, answer in zip(*questions, answers, strict=True):
         mine, theirs = reference.expected.logits, answer.logits
         if mine.shape != theirs.shape:

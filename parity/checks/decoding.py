@@ -15,7 +15,7 @@ from parity.findings import Finding, Lines, Measurement
 from parity.probes import Probe, probes
 
 if TYPE_CHECKING:
-    from parity.decoding import Decoded, Prompt, References, Text
+    from parity.observation.decoding import Decoded, Prompt, References, Text
 
 ROWS, LENGTH, PREFILL = 2, 32, 20
 """Sequences, the tokens of each that are compared, and how many are fed together before the rest, one by one."""
@@ -36,7 +36,7 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     asked, prompts, said = _asked(bench)
     bound = _bound(case, said)
     found = bench.ranks(
-        "decoding:decoded", bench.converter, bench.subject.folder, bench.settings, asked, PREFILL, prompts
+        "observation.decoding:decoded", bench.converter, bench.subject.folder, bench.settings, asked, PREFILL, prompts
     )
     (actual,) = [one for one in found if one is not None]
     yield from _logits(actual, said, bound)
@@ -45,7 +45,7 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     oracles: list[Floats | None] = [None] * len(told)
     if said.oracle is not None:
         given = [prompt for prompt, _, _ in told], [text for _, text, _ in told]
-        oracles = bench.alone("decoding:oracle_along", bench.subject.folder, *given, case.precision)
+        oracles = bench.alone("observation.decoding:oracle_along", bench.subject.folder, *given, case.precision)
     for (prompt, text, expected), oracle in zip(told, oracles, strict=True):
         assert text is not None
         yield from _text(prompt, text, expected, oracle, bound)
@@ -83,7 +83,7 @@ class Bound:
 
 def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
     """What is asked of this case's model, and what transformers says, in the case's precision; asked once."""
-    from parity.decoding import Prompt
+    from parity.observation.decoding import Prompt
 
     subject, precision = bench.subject, bench.case.precision
 
@@ -99,7 +99,7 @@ def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
             Prompt(name="greedy generation", tokens=even, padding=(0, 0), new=NEW),
             Prompt(name="greedy generation, padded", tokens=ragged, padding=(0, SHORTER), new=NEW // 2),
         )
-        said = bench.alone("decoding:references", subject.folder, found, PREFILL, prompts, precision)
+        said = bench.alone("observation.decoding:references", subject.folder, found, PREFILL, prompts, precision)
         return found, prompts, said
 
     found: tuple[Probe, tuple[Prompt, ...], References] = bench.shared.once(

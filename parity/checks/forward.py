@@ -15,13 +15,13 @@ from parity.bounds import Distance, Floats, Spread, allowed, largest, nearness, 
 from parity.case import Case
 from parity.checks.bench import Bench
 from parity.devices import device_of
+from parity.diagnosis.localise import explained
 from parity.findings import Finding, Lines, Measurement
-from parity.localise import explained
 from parity.probes import Probe, probes
 
 if TYPE_CHECKING:
-    from parity.forward_in_ranks import Reference
-    from parity.observe import Observation
+    from parity.observation.forward import Reference
+    from parity.observation.observe import Observation
 
     Asked = tuple[tuple[Probe, ...], list[Reference]]
 
@@ -37,7 +37,7 @@ def asked(bench: Bench) -> Asked:
     def ask() -> Asked:
         subject = bench.subject
         found = probes(subject.config, subject.folder, prose=subject.weights != "seeded")
-        return found, bench.alone("forward_in_ranks:references", subject.folder, found, bench.case.precision)
+        return found, bench.alone("observation.forward:references", subject.folder, found, bench.case.precision)
 
     found: Asked = bench.shared.once(("asked", bench.case.slug, bench.case.precision), ask)
     return found
@@ -60,7 +60,7 @@ def logits_and_loss(bench: Bench) -> Iterator[Finding]:
             ],
         )
         return
-    found = bench.ranks("forward_in_ranks:forward", bench.converter, bench.subject.folder, bench.settings, questions)
+    found = bench.ranks("observation.forward:forward", bench.converter, bench.subject.folder, bench.settings, questions)
     (answers,) = [one for one in found if one is not None]
     yield _numbers(questions, answers)
     for probe, reference, answer in zip(questions, references, answers, strict=True):

@@ -17,7 +17,7 @@ from parity.cache import digest_of
 from parity.case import Case
 from parity.checks.bench import Bench
 from parity.findings import Finding, Lines, Measurement
-from parity.golden import (
+from parity.golden.file import (
     FORMAT,
     NAME,
     PENDING,
@@ -30,11 +30,11 @@ from parity.golden import (
     strays,
     write,
 )
-from parity.golden_values import FROM_LOGITS, Compared, asked, compare, compare_all, from_logits, unmatched
+from parity.golden.values import FROM_LOGITS, Compared, asked, compare, compare_all, from_logits, unmatched
 from parity.probes import Probe
 
 if TYPE_CHECKING:
-    from parity.golden_model import Evaluation
+    from parity.golden.model import Evaluation
 
 DEFAULT = Path("golden")
 
@@ -147,7 +147,7 @@ def _evaluated(bench: Bench, probe: Probe, places: Any = None) -> Evaluation:
     """What transformers says today; asked once a model."""
     key = ("golden, evaluated", bench.case.slug, digest_of_probe(probe))
     found: Evaluation = bench.shared.once(
-        key, lambda: bench.alone("golden_model:evaluate", bench.subject.folder, probe, places)
+        key, lambda: bench.alone("golden.model:evaluate", bench.subject.folder, probe, places)
     )
     return found
 
@@ -156,7 +156,7 @@ def _candidate(bench: Bench, golden: Golden, now: Evaluation) -> list[Compared]:
     """The imported model beside the golden, in what any backend can be asked for."""
     case = bench.case
     found = bench.ranks(
-        "forward_in_ranks:forward", bench.converter, bench.subject.folder, bench.settings, [golden.probe]
+        "observation.forward:forward", bench.converter, bench.subject.folder, bench.settings, [golden.probe]
     )
     ((answer,),) = [one for one in found if one is not None]
     values = from_logits(answer.logits, answer.loss, golden.places)

@@ -19,14 +19,14 @@ import numpy as np
 from parity.bounds import allowed
 from parity.checks.bench import Bench, NotApplicable
 from parity.findings import Finding, Lines, Measurement
-from parity.lessons import Deal, Lesson, Recipe, lessons
+from parity.observation.lessons import Deal, Lesson, Recipe, lessons
 from parity.probes import IGNORED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parity.hf_training import Reference
-    from parity.training import Trained
+    from parity.observation.hf_training import Reference
+    from parity.observation.training import Trained
 
 RECIPE = Recipe()
 
@@ -63,7 +63,7 @@ def asked(bench: Bench) -> tuple[list[Lesson], Reference, Path]:
     def ask() -> tuple[list[Lesson], Reference, Path]:
         batches = lessons(subject.config, subject.folder, rows=deal.rows, prose=subject.weights != "seeded")
         file = bench.shared.folder / f"gradients-{bench.case.slug}-{deal.rows}.safetensors"
-        said = bench.alone("hf_training:reference", subject.folder, batches, RECIPE, file)
+        said = bench.alone("observation.hf_training:reference", subject.folder, batches, RECIPE, file)
         return batches, said, file
 
     found: tuple[list[Lesson], Reference, Path] = bench.shared.once(key, ask)
@@ -71,7 +71,7 @@ def asked(bench: Bench) -> tuple[list[Lesson], Reference, Path]:
 
 
 def steps(bench: Bench) -> Iterator[Finding]:
-    """Gradients of every tensor, then five optimizer steps, each on a batch of its own (see `parity.training`).
+    """Gradients of every tensor, then five optimizer steps, each on its own batch (see `parity.observation.training`).
 
     Raises:
         NotApplicable: In another precision than fp32.
@@ -87,7 +87,9 @@ def steps(bench: Bench) -> Iterator[Finding]:
         yield Measurement.proved("reference", count=1, unit="references", unproved=unproved)
         return
     arguments = (bench.subject.folder, bench.settings, batches, RECIPE, file)
-    (found,) = [one for one in bench.ranks("training:train", bench.converter, *arguments) if one is not None]
+    (found,) = [
+        one for one in bench.ranks("observation.training:train", bench.converter, *arguments) if one is not None
+    ]
     yield from _gradients(said, found, case.max_floors)
     yield from _losses(said, found, batches, case.max_floors)
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from converters.errors import ConfigError
 from converters.topology import Mesh
-from parity import ledgers
 from parity.causes import Cause
 from parity.checks.bench import Bench, measures
+from parity.diagnosis.verdicts import merged
 from parity.findings import Finding, Measurement
 from parity.rank_failure import RankFailure
 from parity.seeded import key_table
 from parity.shards import read_entries
-from parity.statement_config import disagreements
-from parity.verdicts import merged
+from parity.statement import ledgers
+from parity.statement.config import disagreements
 
 if TYPE_CHECKING:
-    from parity.measure import Imported
+    from parity.observation.weights import Imported
 
 
 @measures("import, coded")
@@ -39,7 +39,7 @@ def imported(bench: Bench) -> Iterator[Finding]:
 def config_in_the_model(bench: Bench) -> Iterator[Finding]:
     """The built model computes with what its config demands, by transformers' own reading of it: eps, rope, sizes."""
     folder = bench.subject.folder
-    wanted = bench.shared.once(("demanded", str(folder)), lambda: bench.alone("statement_config:demanded", folder))
+    wanted = bench.shared.once(("demanded", str(folder)), lambda: bench.alone("statement.config:demanded", folder))
     lines: dict[str, Cause] = {}
     count = 0
     for found in (facts for rank in _import(bench) for facts in rank.facts):
@@ -71,8 +71,8 @@ def coverage(bench: Bench) -> Iterator[Finding]:
         padded_query_groups=topology.query_groups(groups, config["num_attention_heads"] // groups),
         features=frozenset(features),
     )
-    # One place of each model chunk: which of them hold a tensor depends on the stage.
-    places = [Mesh(topology, place) for place in topology.shards() if not place.tp + place.cp + place.dp]
+    # Which of them holds a tensor depends on the stage and, where tp is larger than the groups, on the tp rank.
+    places = [Mesh(topology, place) for place in topology.shards() if not place.cp + place.dp]
     plans = [plan.restrict(target=place) for place in places]
     yield from ledgers.findings("tensors", list(ledgers.tensor_rows(plans, stored, held)))
     fields = {name for rank in ranks for name in rank.fields}
@@ -89,7 +89,9 @@ def exported(bench: Bench) -> Iterator[Finding]:
     """A model set up by the independent statement exports the checkpoint that the statement was made from."""
     with bench.scratch() as scratch:
         target = Path(scratch) / "exported"
-        found = bench.ranks("measure:exported", bench.converter, bench.coded, bench.blank, bench.settings, target)[0]
+        found = bench.ranks(
+            "observation.weights:exported", bench.converter, bench.coded, bench.blank, bench.settings, target
+        )[0]
     yield Measurement.equal(
         "export, coded",
         count=found.count,
@@ -105,7 +107,7 @@ def round_trip(bench: Bench) -> Iterator[Finding]:
     with bench.scratch() as scratch:
         target = Path(scratch) / "exported"
         folder = bench.subject.folder
-        found = bench.ranks("measure:round_trip", bench.converter, folder, bench.settings, target)[0]
+        found = bench.ranks("observation.weights:round_trip", bench.converter, folder, bench.settings, target)[0]
     yield Measurement.equal(
         "round trip", count=found.count, unit="tensors and files", differing=found.differing, causes=found.causes
     )
@@ -121,7 +123,9 @@ def _import(bench: Bench) -> list[Imported]:
     def ask() -> list[Imported] | RankFailure:
         with bench.scratch() as scratch:
             try:
-                return bench.ranks("measure:imported", bench.converter, bench.coded, bench.settings, Path(scratch))
+                return bench.ranks(
+                    "observation.weights:imported", bench.converter, bench.coded, bench.settings, Path(scratch)
+                )
             except RankFailure as failure:
                 return failure
 

@@ -15,8 +15,8 @@ from rich.text import Text
 from converters.errors import ConversionError, near
 from parity.bounds import FLOORS
 from parity.checks.golden import DEFAULT, differences
-from parity.golden import NAME, PENDING, GoldenError, accept, read, spelled, strays
-from parity.golden_values import Compared, compare_all, unmatched
+from parity.golden.file import NAME, PENDING, GoldenError, accept, read, spelled, strays
+from parity.golden.values import Compared, compare_all, unmatched
 
 TIMEOUT = 900.0
 
@@ -183,7 +183,7 @@ def _verified(home: Path, zygote: Any) -> _Verified:
     except ConversionError as error:
         return _Verified(slug=home.name, wrong=[f"unused: no model has it: {error}", *unused])
     (now,) = zygote.run(
-        "parity.golden_model:evaluate",
+        "parity.golden.model:evaluate",
         model.folder,
         golden.probe,
         golden.places,

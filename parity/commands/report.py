@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parity.report_json import ReportError, load, write
+from parity.report.files import ReportError, load, write
 
 
 def add(commands: Any) -> None:
@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def _diff(asked: argparse.Namespace) -> int:
-    from parity.report_diff import as_text, difference
+    from parity.report.diff import as_text, difference
 
     try:
         found = difference(load(asked.before), load(asked.after))

@@ -47,12 +47,13 @@ def add(commands: Any) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     """0 every fault was seen and no clean run flagged, 1 otherwise, 2 wrong usage."""
-    from parity import selftest, selftest_report
     from parity.checks.bench import Shared
     from parity.converter import OWN, Named, find
-    from parity.faults import NOT_YET
+    from parity.faults.catalogue import NOT_YET
     from parity.ranks import Zygote
-    from parity.selftest_models import of_model, packaged
+    from parity.selftest import report as selftest_report
+    from parity.selftest import run as selftest
+    from parity.selftest.models import of_model, packaged
 
     errors, console = Console(stderr=True, highlight=False, soft_wrap=True), Console(highlight=False, soft_wrap=True)
     if asked.fault == "list":

@@ -20,6 +20,36 @@ if TYPE_CHECKING:
     Check = Callable[[Bench], Iterator[Finding]]
 
 
+WITHOUT_GOLDEN = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the goldens of models that have none; `pytest_report_collectionfinish` says so."""
+    from parity.checks.golden import Shelf
+    from parity.plugin import STATE
+
+    state = config.stash.get(STATE, None)
+    if state is None:
+        return
+    shelf = Shelf.of(config.invocation_params.dir, state.options.golden, state.options.regen_golden)
+    reasons = {case.id: shelf.skips(case) for case in state.cases}
+    out = [item for item in items if item.name.startswith("test_golden[") and reasons.get(_case_id(item))]
+    config.stash[WITHOUT_GOLDEN] = list(dict.fromkeys(reasons[_case_id(item)] for item in out))
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Why golden values are not checked."""
+    return [f"parity: {reason}" for reason in config.stash.get(WITHOUT_GOLDEN, [])]
+
+
+def _case_id(item: pytest.Item) -> str:
+    case = item.callspec.params["case"]  # type: ignore[attr-defined]
+    return str(case.id)
+
+
 @pytest.fixture(scope="session")
 def shared(zygote: Zygote) -> Iterator[Shared]:
     """What is made once for all cases."""

@@ -11,5 +11,5 @@ Run = Callable[[Any], None]
 
 
 def test_training(run: Run) -> None:
-    """Gradients of every tensor through the real schedule, then five optimizer steps (see `parity.training`)."""
+    """Gradients of every tensor through the real schedule, then five optimizer steps."""
     run(training.steps)

@@ -13,10 +13,7 @@ from parity.plugin import STATE
 Run = Callable[[Any], None]
 
 
-def test_golden(run: Run, case: Any, request: pytest.FixtureRequest) -> None:
+def test_golden(run: Run, request: pytest.FixtureRequest) -> None:
     """What transformers says and the imported model, within bounds measured in this run."""
     options = request.config.stash[STATE].options
-    shelf = golden.Shelf.of(request.config.invocation_params.dir, options.golden, options.regen_golden)
-    if reason := shelf.skips(case):
-        pytest.skip(reason)
-    run(golden.against(shelf))
+    run(golden.against(golden.Shelf.of(request.config.invocation_params.dir, options.golden, options.regen_golden)))

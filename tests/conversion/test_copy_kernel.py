@@ -16,7 +16,7 @@ from converters.sources import read_config
 from converters.topology import Coord, Mesh, Topology
 from converters.values import Shift
 from parity.seeded import key_table
-from parity.statement import expected_shard
+from parity.statement.weights import expected_shard
 from parity.tiny import odd_config, shrink, with_layers
 
 ODD = with_layers(odd_config(), 2)

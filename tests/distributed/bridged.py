@@ -62,7 +62,7 @@ def unlike(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
 
 def stated(bridge: Any, provider: Any, topology: Topology, folder: Path) -> list[dict[str, torch.Tensor]]:
     """What each chunk of this rank must hold, by the independent statement."""
-    from parity.statement import expected_shard
+    from parity.statement.weights import expected_shard
 
     config = {**bridge.source.config, **{name: bridge.ledger.hf[name] for name in bridge.ledger.defaulted}}
     return [

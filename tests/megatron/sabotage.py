@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from parity import gradients, training
 from parity.converter import Own, Settings
+from parity.observation import gradients, training
 
 
 def local_mean(losses: torch.Tensor, labels: torch.Tensor) -> Any:

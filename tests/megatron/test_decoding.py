@@ -19,8 +19,8 @@ from parity.bounds import Floats
 from parity.case import Case
 from parity.checks import decoding
 from parity.checks.bench import Bench, NotApplicable, Shared
-from parity.decoding import Prompt, Text
 from parity.findings import Lines, Measurement
+from parity.observation.decoding import Prompt, Text
 from parity.ranks import Zygote
 from parity.subjects import Subject, subject
 

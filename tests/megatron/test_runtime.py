@@ -9,7 +9,7 @@ import torch
 from tiny_llama import Tiny
 
 from converters.megatron import runtime
-from parity.observe import Observation, hf_observation
+from parity.observation.observe import Observation, hf_observation
 from parity.ranks import Zygote
 
 

@@ -10,7 +10,7 @@ from tiny_llama import Tiny
 from converters.errors import CheckpointError, TopologyError
 from converters.topology import Coord, Topology
 from parity.ranks import Zygote
-from parity.statement import expected_shard
+from parity.statement.weights import expected_shard
 
 ONE = Topology()
 TP2 = Topology(tp=2)

@@ -9,8 +9,8 @@ import torch
 from tiny_llama import Tiny
 
 from converters.topology import Topology
-from parity.activations import LOGITS, Floats, blocks, merged, reached, tap_names
-from parity.observe import hf_model
+from parity.observation.activations import LOGITS, Floats, blocks, merged, reached, tap_names
+from parity.observation.observe import hf_model
 from parity.probes import Probe
 from parity.ranks import Zygote
 
@@ -32,8 +32,8 @@ def asked(tiny: Tiny) -> Probe:
 
 def tapped(tiny: Tiny, topology: Topology, probe: Probe) -> dict[str, Floats]:
     """In a rank: every tap that it has whole."""
-    from parity import taps
-    from parity.observe import megatron_observation
+    from parity.observation import taps
+    from parity.observation.observe import megatron_observation
 
     chunks, provider = tiny_llama.build(tiny, topology)
     hooked = [module for chunk in chunks for module in chunk.modules()]
@@ -47,7 +47,7 @@ def tapped(tiny: Tiny, topology: Topology, probe: Probe) -> dict[str, Floats]:
 def test_every_tap_agrees_with_transformers(
     name: str, topology: Topology, models: dict[str, Tiny], zygote: Zygote
 ) -> None:
-    from parity import taps
+    from parity.observation import taps
 
     tiny = models[name]
     probe = asked(tiny)

@@ -18,7 +18,7 @@ from parity.checks import training
 from parity.checks.bench import Bench, NotApplicable, Shared
 from parity.converter import Own
 from parity.findings import Measurement
-from parity.lessons import LENGTH, STEPS, Deal, lessons
+from parity.observation.lessons import LENGTH, STEPS, Deal, lessons
 from parity.probes import IGNORED
 from parity.ranks import Zygote
 from parity.seeded import write_checkpoint

@@ -151,7 +151,7 @@ def build(tiny: Tiny, topology: Topology, *, wrap_with_ddp: bool = False, **chan
 
     from converters.megatron import runtime
     from converters.megatron.parallel import current_coord
-    from parity.statement import expected_shard
+    from parity.statement.weights import expected_shard
 
     if not torch.cuda.is_available():
         runtime.install()
@@ -210,7 +210,7 @@ def backward(tiny: Tiny, topology: Topology) -> float:
     from converters.megatron.attention import zigzag_split
     from converters.megatron.parallel import current_coord
     from converters.megatron.provider import unwrap
-    from parity.statement import expected_shard
+    from parity.statement.weights import expected_shard
 
     expected = hf_gradients(tiny)
     chunks, made = build(tiny, topology, wrap_with_ddp=True)

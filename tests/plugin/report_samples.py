@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from parity.findings import Lines, Map, Measurement
-from parity.report_facts import Record, finite, machine, record_of
+from parity.report.facts import Record, finite, machine, record_of
 
 TP1, TP2 = "llama-tp1-pp1-fp32-megatron", "llama-tp2-pp1-fp32-megatron"
 

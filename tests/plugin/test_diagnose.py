@@ -17,7 +17,7 @@ from converters.sources import read_config
 from converters.topology import Topology
 from parity import coded
 from parity.causes import Cause
-from parity.diagnose import diagnose
+from parity.diagnosis.diagnose import diagnose
 from parity.seeded import key_table
 from parity.tiny import odd_config, shrink, with_layers
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from parity.causes import Cause
-from parity.drafts import Draft, Scene
-from parity.faults import FAMILIES, NEEDS, NOT_YET, Fault, all_faults
-from parity.mutate import apply
-from parity.mutations import ConfigField, Live, Patch, Reorder
-from parity.patches import PATCHES
-from parity.selftest import Variant, variants
-from parity.selftest_models import Stock, packaged
+from parity.faults.catalogue import FAMILIES, NEEDS, NOT_YET, Fault, all_faults
+from parity.faults.drafts import Draft, Scene
+from parity.faults.mutate import apply
+from parity.faults.mutations import ConfigField, Live, Patch, Reorder
+from parity.faults.patches import PATCHES
+from parity.selftest.models import Stock, packaged
+from parity.selftest.run import Variant, variants
 
 FAULTS = all_faults()
 

@@ -11,8 +11,8 @@ from parity.bounds import spread
 from parity.case import Case, matrix
 from parity.checks.forward import _compared, _numbers, held
 from parity.findings import Lines, Measurement
-from parity.forward_in_ranks import Reference
-from parity.observe import Observation
+from parity.observation.forward import Reference
+from parity.observation.observe import Observation
 from parity.options import resolve
 from parity.probes import IGNORED, Probe
 from parity.subjects import config_of

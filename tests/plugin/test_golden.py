@@ -14,9 +14,9 @@ import pytest
 
 import parity
 import parity.__main__
-from parity import golden
-from parity.golden import NAME, PENDING, Golden, GoldenError, Quantity
-from parity.golden_values import compare, from_logits, signs, top
+from parity.golden import file as golden
+from parity.golden.file import NAME, PENDING, Golden, GoldenError, Quantity
+from parity.golden.values import compare, from_logits, signs, top
 from parity.probes import Probe
 
 ROOT = Path(parity.__file__).parents[1]

@@ -16,8 +16,8 @@ from parity.causes import Cause
 from parity.checks import activations, forward
 from parity.checks.bench import Bench, Shared
 from parity.converter import Converter, Own
+from parity.diagnosis.localise import Localised, localise
 from parity.findings import Lines, Measurement
-from parity.localise import Localised, localise
 from parity.ranks import Zygote
 from parity.seeded import write_checkpoint
 from parity.subjects import Subject

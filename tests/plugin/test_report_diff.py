@@ -10,7 +10,7 @@ import pytest
 from report_samples import TP1, TP2, case, measurement, run
 
 from parity.__main__ import main
-from parity.report_diff import difference
+from parity.report.diff import difference
 
 BEFORE = run(case(TP1, [measurement("logits", margin=8), measurement("loss", margin=5)]), case(TP2, [measurement("a")]))
 

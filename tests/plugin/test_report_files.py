@@ -12,11 +12,11 @@ import pytest
 
 import parity
 from parity.options import OPTIONS
-from parity.report_facts import finite, repeat
-from parity.report_json import ReportError, claim, load, write
+from parity.report.facts import finite, repeat
+from parity.report.files import ReportError, claim, load, write
 
 Run = Callable[..., pytest.RunResult]
-SCHEMA = json.loads((Path(parity.__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(parity.__file__).parent / "report" / "schema.json").read_text(encoding="utf-8"))
 
 FINDINGS = """
 import math

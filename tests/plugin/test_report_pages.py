@@ -12,9 +12,9 @@ import pytest
 from report_samples import ACCOUNT, LINES, MAP, TP1, TP2, case, measurement, pictured, run
 
 from parity.findings import Lines, Map
-from parity.report_html import html
-from parity.report_markdown import markdown
-from parity.report_pictures import CELLS, picture, pooled
+from parity.report.html import html
+from parity.report.markdown import markdown
+from parity.report.pictures import CELLS, picture, pooled
 
 HOSTILE = (
     "</pre></title></svg><script>alert('x')</script><img src=http://a.b/c onerror=alert(1)> `a` | [b](http://c) @d"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from report_samples import TP1, TP2, case, measurement, run
 
-from parity.report import render, story
-from parity.report_rows import Row, cause_line, grouped, rows_of
+from parity.report.rows import Row, cause_line, grouped, rows_of
+from parity.report.terminal import render, story
 
 LONG = "max |d|, every token of every probe of the catalogue, in floors"
 RECORD = run(

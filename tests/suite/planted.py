@@ -205,7 +205,10 @@ FAULTS = (
             ),
         ),
         red=LOGITS | {"import"},
-        words=("logits, random ids: measured", "Megatron holds the layers [0, 1, 2, 3], the placement says [4, 5, 6, 7]"),
+        words=(
+            "logits, random ids: measured",
+            "Megatron holds the layers [0, 1, 2, 3], the placement says [4, 5, 6, 7]",
+        ),
         layout=PP2,
     ),
     Fault(

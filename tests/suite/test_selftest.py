@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from parity import selftest, selftest_models
 from parity.__main__ import main
 from parity.findings import Measurement
+from parity.selftest import models as selftest_models
+from parity.selftest import run as selftest
 
 NAME = "k and v exchanged"
 

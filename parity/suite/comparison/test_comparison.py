@@ -26,5 +26,5 @@ def test_tensors(run: Run) -> None:
 
 
 def test_logits(run: Run) -> None:
-    """transformers computes the same with both."""
+    """Transformers computes the same with both."""
     run(comparison.logits)

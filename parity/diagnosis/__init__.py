@@ -1,0 +1,1 @@
+"""Why something differs: weights, config or computation, and which."""

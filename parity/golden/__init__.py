@@ -1,0 +1,1 @@
+"""Golden values: what a model said once, and must say again."""

@@ -1,0 +1,1 @@
+"""What models are made to say, in ranks and in transformers."""

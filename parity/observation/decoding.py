@@ -1,0 +1,208 @@
+"""What runs inside ranks for decoding: the same tokens with a KV cache and without, and greedy text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from converters.topology import Coord
+from parity.converter import Converter, Settings
+from parity.observation import observe
+from parity.observation.weights import loaded
+from parity.probes import IGNORED, Ids, Probe
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Prompts of one batch.
+
+    Args:
+        name: For people.
+        tokens: `[b s]`, filled up on the left.
+        padding: How many tokens on the left of each row are filling.
+        new: How many tokens to write.
+    """
+
+    name: str
+    tokens: Ids
+    padding: tuple[int, ...]
+    new: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Greedy continuations of one batch of prompts.
+
+    Args:
+        tokens: `[b n]`.
+        logits: `[b n v]` float32, by which each was chosen.
+    """
+
+    tokens: Ids
+    logits: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """transformers on a probe and on prompts.
+
+    Args:
+        whole: `[b s v]`: all tokens at once, plain attention.
+        fused: `[b s v]`: fused attention.
+        cached: `[b s v]`: with its cache, as `stepwise` below.
+        oracle: `[b s v]`: in float32 with the weights of the reduced precision; `None` in float32.
+        texts: Of each batch of prompts, with the cache.
+        oracles: `[b n v]`: the oracle along each of `texts`; none in float32.
+    """
+
+    whole: Floats
+    fused: Floats
+    cached: Floats
+    oracle: Floats | None
+    texts: tuple[Text, ...]
+    oracles: tuple[Floats, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A Megatron-Core model on the same.
+
+    Args:
+        whole: `[b s v]`: all tokens at once, without a cache.
+        stepwise: `[b s v]`: a prompt, then token after token.
+        parts: `[b s v]`: in parts of several tokens; `None` where layers take no mask.
+        texts: Of each batch of prompts, with the cache; `None` for padded ones where layers take no mask.
+    """
+
+    whole: Floats
+    stepwise: Floats
+    parts: Floats | None
+    texts: tuple[Text | None, ...]
+
+
+def references(folder: Path, probe: Probe, prefill: int, prompts: Sequence[Prompt], precision: str) -> References:
+    """Ask transformers: the probe whole, and one token at a time after `prefill`; and to continue each prompt."""
+    from transformers import DynamicCache, GenerationConfig
+
+    def whole(**loading: Any) -> Floats:
+        return observe.hf_observation(observe.hf_model(folder, dtype=precision, **loading), probe).logits
+
+    model = observe.hf_model(folder, dtype=precision)
+    asked = torch.from_numpy(probe.tokens)
+    cache = DynamicCache(config=model.config)
+    pieces: list[Tensor] = []
+    with torch.no_grad():
+        for start, stop in one_by_one(prefill, asked.size(1)):
+            pieces.append(model(asked[:, start:stop], past_key_values=cache, use_cache=True).logits)
+    # The checkpoint's own stop tokens would end a text early: only the count of tokens ends these.
+    model.generation_config = GenerationConfig()
+    texts = []
+    for prompt in prompts:
+        ids = torch.from_numpy(prompt.tokens)
+        visible = torch.arange(ids.size(1)) >= torch.tensor(prompt.padding)[:, None]
+        said: Any = model.generate(
+            input_ids=ids,
+            attention_mask=visible.long(),
+            generation_config=GenerationConfig(
+                max_new_tokens=prompt.new,
+                do_sample=False,
+                use_cache=True,
+                return_dict_in_generate=True,
+                output_logits=True,
+                pad_token_id=0,
+            ),
+        )
+        logits = torch.stack(said.logits, dim=1)
+        texts.append(Text(tokens=said.sequences[:, ids.size(1) :].numpy(), logits=logits.float().numpy()))
+    return References(
+        whole=observe.hf_observation(model, probe).logits,
+        fused=whole(attention="sdpa"),
+        cached=torch.cat(pieces, dim=1).float().numpy(),
+        oracle=whole(oracle=True) if precision != "fp32" else None,
+        texts=tuple(texts),
+        oracles=() if precision == "fp32" else tuple(oracle_along(folder, prompts, texts, precision)),
+    )
+
+
+def oracle_along(folder: Path, prompts: Sequence[Prompt], texts: Sequence[Text], precision: str) -> list[Floats]:
+    """What transformers would have chosen each token of `texts` by, `[b n v]`: in float32, with all before it given."""
+    model = observe.hf_model(folder, dtype=precision, oracle=True)
+    found = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens = np.concatenate([prompt.tokens, text.tokens[:, :-1]], axis=1)
+        positions = np.arange(tokens.shape[1]) - np.array(prompt.padding)[:, None]
+        whole = Probe(
+            name=prompt.name,
+            tokens=tokens,
+            labels=np.full_like(tokens, IGNORED),
+            positions=np.maximum(positions, 0),
+            segments=(positions >= 0).astype(np.int64),
+        )
+        found.append(observe.hf_observation(model, whole).logits[:, prompt.tokens.shape[1] - 1 :])
+    return found
+
+
+def decoded(
+    converter: Converter,
+    folder: Path,
+    settings: Settings,
+    probe: Probe,
+    prefill: int,
+    prompts: Sequence[Prompt],
+) -> Decoded | None:
+    """Ask the imported model the same; on the rank that has the answer."""
+    from converters.megatron.generation import generate, honours_masks
+    from converters.megatron.parallel import current_coord
+
+    chunks = loaded(converter, folder, settings)
+    vocab = int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    masks = honours_masks(chunks)
+    asked = torch.from_numpy(probe.tokens)
+    whole = observe.megatron_observation(chunks, probe, topology=settings.topology, vocab_size=vocab)
+    stepwise = _fed(chunks, asked, one_by_one(prefill, asked.size(1)), vocab)
+    parts = _fed(chunks, asked, in_parts(prefill, asked.size(1)), vocab) if masks else None
+    texts: list[Text | None] = []
+    for prompt in prompts:
+        if any(prompt.padding) and not masks:
+            texts.append(None)
+            continue
+        ids = torch.from_numpy(prompt.tokens)
+        found = generate(chunks, ids, prompt.new, vocab_size=vocab, padding=prompt.padding, return_logits=True)
+        logits = None if found.logits is None else found.logits.cpu().numpy()
+        texts.append(None if logits is None else Text(tokens=found.tokens.numpy(), logits=logits))
+    if current_coord() != Coord(pp=settings.topology.pp - 1):
+        return None
+    assert whole is not None
+    assert stepwise is not None
+    return Decoded(whole=whole.logits, stepwise=stepwise, parts=parts, texts=tuple(texts))
+
+
+def one_by_one(prefill: int, length: int) -> list[tuple[int, int]]:
+    """From where to where tokens are fed together: `prefill` of them, then each alone."""
+    return list(pairwise([0, *range(prefill, length + 1)]))
+
+
+def in_parts(prefill: int, length: int) -> list[tuple[int, int]]:
+    """From where to where tokens are fed together: always several."""
+    return list(pairwise([0, prefill // 3, prefill, (prefill + length) // 2, length]))
+
+
+def _fed(chunks: Sequence[Any], tokens: Tensor, pieces: Sequence[tuple[int, int]], vocab: int) -> Floats | None:
+    """Logits `[b s v]` of every token, fed piece by piece to a model with a cache; on the last stage."""
+    from converters.megatron.generation import Decoder
+
+    decoder = Decoder(chunks, batch=len(tokens), max_length=tokens.size(1), every_token=True)
+    said = [decoder.feed(tokens[:, start:stop]) for start, stop in pieces]
+    logits = [one[..., :vocab].float().cpu() for one in said if one is not None]
+    return torch.cat(logits, dim=1).numpy() if logits else None

@@ -1,0 +1,87 @@
+"""What runs in ranks for the forward checks: the model under test, and transformers. Called through a zygote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parity.bounds import Spread, spread
+from parity.converter import Converter, Settings
+from parity.observation.observe import Observation, hf_model, hf_observation, hf_observation_apart, megatron_observation
+from parity.observation.weights import loaded
+from parity.probes import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """transformers on one probe, in one precision.
+
+    Attributes:
+        expected: What the model under test is compared with. In float32, eager attention. Below, the oracle: float32
+            arithmetic with the weights of the precision. Sequences of a probe with segments were asked for one by one,
+            so that none could see another.
+        logits: How far transformers' own evaluations, which are equal in exact arithmetic, lie from it.
+        loss: The same of the loss.
+        together: What transformers says to a probe with segments as its users ask it, at once; `None` without segments.
+        finite: Whether each evaluation gave numbers.
+    """
+
+    expected: Observation
+    logits: Spread
+    loss: Spread
+    together: Observation | None
+    finite: bool
+
+
+def references(folder: Path, probes: Sequence[Probe], precision: str) -> list[Reference]:
+    """Ask transformers each probe: eager and fused attention, and each sequence by itself. In one rank."""
+    model = hf_model(folder, dtype=precision)
+    oracle = None if precision == "fp32" else hf_model(folder, dtype=precision, oracle=True)
+    return [_reference(model, oracle, probe) for probe in probes]
+
+
+def transformers(folder: Path, probes: Sequence[Probe], precision: str) -> list[Observation]:
+    """What transformers says to each probe, asked as its users do, with eager attention. In one rank."""
+    model = hf_model(folder, dtype=precision)
+    return [hf_observation(model, probe) for probe in probes]
+
+
+def forward(
+    converter: Converter, folder: Path, settings: Settings, probes: Sequence[Probe]
+) -> list[Observation] | None:
+    """What the imported model says to each probe; on the rank that has it."""
+    chunks = loaded(converter, folder, settings)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    said = [megatron_observation(chunks, probe, topology=settings.topology, vocab_size=vocab_size) for probe in probes]
+    here = [one for one in said if one is not None]
+    return here if len(here) == len(said) else None
+
+
+def _reference(model: Any, oracle: Any | None, probe: Probe) -> Reference:
+    whole = probe.segments is None
+    ask = hf_observation if whole else hf_observation_apart
+
+    def evaluated(attention: str, how: Callable[[Any, Probe], Observation]) -> Observation:
+        model.set_attn_implementation(attention)
+        return how(model, probe)
+
+    eager, others = evaluated("eager", ask), [evaluated("sdpa", ask)]
+    if whole and len(probe.pieces) > 1:
+        others.append(evaluated("eager", hf_observation_apart))
+    together = None if whole else evaluated("eager", hf_observation)
+    expected = eager
+    if oracle is not None:
+        expected, others = ask(oracle, probe), [eager, *others]
+    seen, labelled = probe.compared, probe.labelled
+    return Reference(
+        expected=expected,
+        logits=spread([one.logits[seen] for one in others], expected.logits[seen]),
+        loss=spread([one.loss[labelled] for one in others], expected.loss[labelled]),
+        together=together,
+        finite=all(bool(np.isfinite(one.logits[seen]).all()) for one in (expected, *others)),
+    )

@@ -1,0 +1,178 @@
+"""Gradients of a live Megatron-Core model, mapped to Hugging Face keys through the plan of the weights.
+
+A gradient lies where its weight lies, so the plan that exports weights exports gradients: each element of a Hugging
+Face gradient is one element of one rank's `main_grad`. Two things differ. A shift of values (zero-centred norms) has
+derivative one, so the plan is asked for without it. And a second copy (a tied head on the last stage, a norm on the
+next tensor-parallel rank) holds the gradient of the whole again, the sum having been made by Megatron-Core: one copy is
+taken, and the others must equal it to the bit, or the copies of the weight drift apart in training.
+
+The plan is this package's own, whichever converter is under test: a model that a converter fills wrongly has the
+gradients of a wrong model, and one that it lays out in another way is refused by names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from converters import execute
+from converters.execute import TensorInfo
+from converters.plan import Copy, Plan
+from converters.topology import Coord, Mesh, Topology
+from parity.bounds import largest
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The gradient of one tensor beside the expected one.
+
+    Args:
+        key: Hugging Face key.
+        distance: Largest absolute difference.
+        where: Index of it.
+    """
+
+    key: str
+    distance: float
+    where: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All gradients of a model beside the expected ones; see `parity.observation.training.Trained` for the fields."""
+
+    tensors: list[Compared]
+    replicas: tuple[int, list[str]]
+    constants: tuple[int, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """One model chunk of this rank.
+
+    Args:
+        model: The bare `GPTModel`.
+        place: Where it is in the mesh.
+        whole: The plan, Megatron to Hugging Face.
+        part: What of it starts here.
+    """
+
+    model: Any
+    place: Coord
+    whole: Plan
+    part: Plan
+
+    def gradient(self, name: str) -> Tensor:
+        """The reduced gradient of parameter `name`."""
+        found: Tensor = self.model.get_parameter(name).main_grad
+        return found
+
+
+def held(chunks: Sequence[Any], config: Mapping[str, Any], topology: Topology) -> list[Held]:
+    """Each model chunk of this rank with its part of the plan. Collective.
+
+    How far the vocabulary and the groups are padded, and whose norms a layer has, is the converter's to choose: that
+    is read from the model.
+
+    Raises:
+        CheckpointError: Parameters are not those that the plan knows, by name and shape.
+    """
+    from converters.megatron.provider import unwrap
+    from converters.models import family_of
+
+    models = [unwrap(chunk) for chunk in chunks]
+    names = [dict(model.named_parameters()) for model in models]
+    rows = max((found[name].size(0) for found in names for name in VOCABULARY if name in found), default=0)
+    counted = torch.tensor([rows], device=torch.cuda.current_device())
+    dist.all_reduce(counted, op=dist.ReduceOp.MAX)
+    fused = any(name.endswith("linear_fc1.layer_norm_weight") for found in names for name in found)
+    plan = family_of(config).plan(
+        "hf",
+        "megatron" if fused else "megatron_local",
+        config,
+        padded_vocab_size=int(counted) * topology.tp,
+        padded_query_groups=models[0].config.num_query_groups,
+    )
+    whole = plan.inverse()
+    out = []
+    for model, found, place in zip(models, names, topology.chunks_of(topology.coord(dist.get_rank())), strict=True):
+        part = whole.restrict(source=Mesh(topology, place))
+        infos = {name: TensorInfo(tuple(parameter.shape), parameter.dtype) for name, parameter in found.items()}
+        execute.check_tensors(part.source_tensors, infos, f"the model at {place}")
+        out.append(Held(model=model, place=place, whole=whole, part=part))
+    return out
+
+
+def freeze(parts: Sequence[Held]) -> list[str]:
+    """Freeze parameters that the Hugging Face model does not have (biases of zeros); the names of all. Collective.
+
+    Megatron-Core has one switch for all biases. Those that a model lacks are zeros there, and training would change
+    them: it would train a model that has no Hugging Face form.
+    """
+    own = []
+    for part in parts:
+        known = {copy.source.key for copy in part.part.copies}
+        for name, parameter in part.model.named_parameters():
+            if name not in known:
+                parameter.requires_grad_(False)
+                own.append(f"{part.place}: {name}")
+    found: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return [name for theirs in found for name in theirs]
+
+
+def compare(parts: Sequence[Held], expected: Path) -> Comparison:
+    """Put each gradient together, one Hugging Face tensor at a time, and compare it on rank 0. Collective.
+
+    Args:
+        parts: This rank's chunks, after gradients were reduced.
+        expected: Safetensors file with a float32 gradient for each Hugging Face key.
+    """
+    first = dist.get_rank() == 0
+    tensors: list[Compared] = []
+    copies, differing = 0, []
+    by_target = [{key: found for key, found, _ in part.part.by_target()} for part in parts]
+    with safe_open(expected, framework="numpy") as reference:
+        for key, shape in parts[0].whole.target_tensors.items():
+            mine = [(part, copy) for part, found in zip(parts, by_target, strict=True) for copy in found.get(key, ())]
+            actual = assembled(mine, shape)
+            for part, copy in mine:
+                if copy.kind == "verify" or copy.source_replica:
+                    copies += 1
+                    fault = execute.tied_fault(copy, part.gradient(copy.source.key).float(), actual)
+                    differing += [f"{part.place}: {key}: {fault}"] if fault else []
+            if first:
+                distance = largest(actual.cpu().numpy(), reference.get_tensor(key))
+                tensors.append(Compared(key=key, distance=distance.value, where=distance.where))
+    constants, nonzero = 0, []
+    for part in parts:
+        trained = [fill for fill in part.part.constants if part.model.get_parameter(fill.region.key).requires_grad]
+        constants += sum(fill.elements for fill in trained)
+        faults = execute.constant_faults([replace(fill, value=0.0) for fill in trained], part.gradient)
+        nonzero += [f"{part.place}: {fault}" for fault in faults]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (copies, differing, constants, nonzero))
+    return Comparison(
+        tensors=tensors,
+        replicas=(sum(found[0] for found in everyones), [line for found in everyones for line in found[1]]),
+        constants=(sum(found[2] for found in everyones), [line for found in everyones for line in found[3]]),
+    )
+
+
+def assembled(mine: Sequence[tuple[Held, Copy]], shape: tuple[int, ...]) -> Tensor:
+    """One Hugging Face gradient, float32, whole, on every rank: the parts are disjoint, so their sum is exact."""
+    out = torch.zeros(shape, dtype=torch.float32, device=torch.cuda.current_device())
+    for part, copy in mine:
+        if copy.kind != "verify" and not copy.source_replica:
+            execute.apply(copy, part.gradient(copy.source.key), out)
+    dist.all_reduce(out)
+    return out

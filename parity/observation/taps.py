@@ -1,0 +1,225 @@
+"""What a model computes on its way, recorded by hooks around a forward, by the names of `activations`.
+
+A tap holds what came out of a module while the hooks were on: nothing is computed again, and nothing is changed.
+Transformer Engine's layers compute their norms inside the next linear: the taps of those norms do not exist there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from converters.topology import Coord, Topology
+from parity.converter import Converter, Settings
+from parity.observation.activations import LOGITS, PARTS, Floats, Yardstick, blocks, everything, yardstick
+from parity.observation.observe import hf_model, hf_observation, megatron_observation
+from parity.probes import Probe
+
+Wanted = Callable[[str], bool]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What the taps of one process have recorded.
+
+    Attributes:
+        parts: For each tap, what came out at each call: `[b s h]` in transformers, `[s b h]` of this rank's share in
+            Megatron-Core; on the model's device and in its dtype.
+    """
+
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def of_hf(self) -> dict[str, Floats]:
+        """`[b s h]` float32; several calls are several batches."""
+        return {name: _array(torch.cat(calls)) for name, calls in self.parts.items()}
+
+    def of_megatron(self, topology: Topology, batch: int, length: int) -> dict[str, Floats]:
+        """This stage's taps, whole: `[b s h]` float32. Collective over the ranks of a stage.
+
+        Micro-batches are put together; sequence-parallel shards and context-parallel ones in zigzag order are gathered;
+        rows and tokens that were added for the layout's sake, always behind the probe's own, are taken off.
+
+        Args:
+            topology: The layout.
+            batch: Sequences of the probe.
+            length: Tokens of a sequence.
+
+        Returns:
+            The taps, on the ranks with tp, cp and dp index 0; nothing on the others.
+        """
+        from megatron.core import parallel_state
+
+        from converters.megatron.attention import zigzag_unsplit
+        from converters.megatron.parallel import current_coord
+
+        here = current_coord()
+        whole: dict[str, Floats] = {}
+        for name, calls in self.parts.items():
+            tensor = torch.cat(calls, dim=1)
+            if topology.sp:
+                tensor = _gathered(tensor, parallel_state.get_tensor_model_parallel_group())
+            if topology.cp > 1:
+                tensor = _gathered(tensor, parallel_state.get_context_parallel_group())
+                tensor = zigzag_unsplit(tensor, topology.cp, dim=0)
+            if here == Coord(pp=here.pp):
+                whole[name] = _array(tensor.transpose(0, 1)[:batch, :length])
+        return whole
+
+
+@contextlib.contextmanager
+def hf_taps(model: Any, wanted: Wanted = everything) -> Iterator[Taps]:
+    """Record what the modules of a `LlamaForCausalLM` put out while it runs.
+
+    Source: huggingface/transformers v5.23, models/llama/modeling_llama.py `LlamaDecoderLayer.forward`.
+    """
+    inner = model.model
+    modules = {"embedding": inner.embed_tokens, "final_norm": inner.norm}
+    for n, layer in enumerate(inner.layers):
+        parts = (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
+        modules |= {f"layers.{n}.{part}": module for part, module in zip(PARTS, parts, strict=True)}
+        modules[f"layers.{n}"] = layer
+    with _recording(modules, wanted, lambda output: output[0] if isinstance(output, tuple) else output) as taps:
+        yield taps
+
+
+@contextlib.contextmanager
+def megatron_taps(chunks: Sequence[torch.nn.Module], wanted: Wanted = everything) -> Iterator[Taps]:
+    """Record what the modules of this rank's chunks of a `GPTModel` put out while its pipeline runs.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1 and core_v0.19.2, megatron/core/transformer/transformer_layer.py
+        `TransformerLayer.forward` and identity_op.py `IdentityOp`, which stands where a norm is part of a linear.
+    """
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from converters.megatron.provider import unwrap
+
+    modules: dict[str, torch.nn.Module] = {}
+    for model in (unwrap(chunk) for chunk in chunks):
+        modules |= {"embedding": model.embedding} if model.pre_process else {}
+        if model.post_process:
+            modules["final_norm"] = model.decoder.final_layernorm
+        for layer in model.decoder.layers:
+            n = layer.layer_number - 1
+            parts = (layer.input_layernorm, layer.self_attention, layer.pre_mlp_layernorm, layer.mlp)
+            modules |= {f"layers.{n}.{part}": module for part, module in zip(PARTS, parts, strict=True)}
+            modules[f"layers.{n}"] = layer
+    held = {name: module for name, module in modules.items() if not isinstance(module, IdentityOp)}
+    with _recording(held, wanted, _with_bias) as taps:
+        yield taps
+
+
+def said(model: Any, probe: Probe, wanted: Wanted = everything) -> dict[str, Floats]:
+    """What a transformers model computes for a probe: its taps, then its logits."""
+    with hf_taps(model, wanted) as taps:
+        logits = hf_observation(model, probe).logits
+    return {**taps.of_hf(), LOGITS: logits}
+
+
+def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everything) -> dict[str, Yardstick]:
+    """Each tap of transformers with its floor: eager attention, against evaluations that are equal in exact arithmetic.
+
+    They are fused attention, in float32 with matrix products in another order of summation, and one sequence at a time.
+    The order matters at the first token: attention has nothing to add up there, and activations are at their largest.
+
+    Args:
+        model: A `LlamaForCausalLM` in `precision`. In bfloat16 it is float32 afterwards: that is the oracle.
+        probe: One segment a row.
+        precision: `fp32` or `bf16`.
+        wanted: Which taps; logits always.
+    """
+    evaluations: list[dict[str, Floats]] = []
+    model.set_attn_implementation("eager")
+    evaluations.append(said(model, probe, wanted))
+    model.set_attn_implementation("sdpa")
+    with _in_two_sums(model) if precision == "fp32" else contextlib.nullcontext():
+        evaluations.append(said(model, probe, wanted))
+    model.set_attn_implementation("eager")
+    rows = [said(model, probe.alone(piece), wanted) for piece in probe.pieces]
+    evaluations.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+    oracle = said(model.float(), probe, wanted) if precision != "fp32" else {}
+    return {name: yardstick([one[name] for one in evaluations], oracle.get(name)) for name in evaluations[0]}
+
+
+@contextlib.contextmanager
+def _in_two_sums(model: Any) -> Iterator[None]:
+    """Every linear layer adds up its two halves of the input each by itself, as two tensor-parallel ranks do."""
+
+    def halves(module: torch.nn.Linear, given: tuple[Tensor], output: Tensor) -> Tensor:
+        cut = module.in_features // 2
+        first = torch.nn.functional.linear(given[0][..., :cut], module.weight[:, :cut])
+        return first + torch.nn.functional.linear(given[0][..., cut:], module.weight[:, cut:], module.bias)
+
+    hooks = [module.register_forward_hook(halves) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference(folder: Path, probe: Probe, precision: str) -> dict[str, Yardstick]:
+    """`yardsticks` of what leaves each block, for the checkpoint in `folder`. In one process without Megatron."""
+    return yardsticks(hf_model(folder, dtype=precision), probe, precision, blocks)
+
+
+def of_blocks(converter: Converter, folder: Path, settings: Settings, probe: Probe) -> dict[str, Floats]:
+    """What leaves each block of the imported model that this rank has whole. In each rank; collective."""
+    from parity.observation import weights as measure
+
+    chunks = measure.loaded(converter, folder, settings)
+    with megatron_taps(chunks, blocks) as recorded:
+        megatron_observation(chunks, probe, topology=settings.topology, vocab_size=hf_config(folder)["vocab_size"])
+    return recorded.of_megatron(settings.topology, *probe.tokens.shape)
+
+
+def hf_config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint as transformers completes it."""
+    from transformers import LlamaConfig
+
+    config: dict[str, Any] = LlamaConfig.from_pretrained(folder).to_dict()
+    return config
+
+
+@contextlib.contextmanager
+def _recording(modules: Mapping[str, Any], wanted: Wanted, value: Callable[[Any], Tensor]) -> Iterator[Taps]:
+    taps = Taps()
+
+    def keep(name: str) -> Callable[..., None]:
+        # A copy: without gradients, what follows may add to an output in place.
+        return lambda module, given, output: taps.parts.setdefault(name, []).append(value(output).detach().clone())
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items() if wanted(name)]
+    try:
+        yield taps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_bias(output: Any) -> Tensor:
+    """A Megatron-Core module's output: attention and MLP give their last bias apart, a layer gives its context too."""
+    if not isinstance(output, tuple):
+        tensor: Tensor = output
+        return tensor
+    first, second = output[:2]
+    whole: Tensor = first if second is None or second.dim() != 1 else first + second
+    return whole
+
+
+def _gathered(part: Tensor, group: Any) -> Tensor:
+    """The parts of all ranks of `group`, one behind the other along the first dim."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _array(tensor: Tensor) -> Floats:
+    return tensor.to(device="cpu", dtype=torch.float32).numpy()

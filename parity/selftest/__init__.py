@@ -1,0 +1,1 @@
+"""The faults of the catalogue against the checks."""

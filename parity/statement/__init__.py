@@ -1,0 +1,1 @@
+"""What a Megatron model must hold, said a second time without the converter."""
