@@ -31,7 +31,12 @@ def run(folder: Path, tmp_path: Path, *options: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("options", [("--tp=5", "--pp=3"), ("--tp=15",)], ids=["tp5-pp3", "tp15-over-5-groups"])
+# Fifteen ranks on a few cores: weights and logits, but not what takes them long.
+@pytest.mark.parametrize(
+    "options",
+    [("--tp=5", "--pp=1"), ("--tp=1", "--pp=3"), ("--tp=15", "-k=not training and not decoding")],
+    ids=["tp5", "pp3", "tp15-over-5-groups"],
+)
 def test_an_odd_model_in_several_shards(options: tuple[str, ...], tmp_path: Path) -> None:
     folder = write_checkpoint(with_layers(odd_config(), 3), tmp_path / "odd", shards=3)
     done = run(folder, tmp_path, *options)
