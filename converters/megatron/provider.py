@@ -125,6 +125,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]  # megatron-cor
             )
         if self.vocab_size is None:
             problems.append("vocab_size is not set")
+        tp = self.tensor_model_parallel_size
+        if self.ffn_hidden_size is not None and self.ffn_hidden_size % tp:
+            problems.append(f"a feed-forward width of {self.ffn_hidden_size} does not divide over tp={tp}")
         if self.position_embedding_type != "rope":
             problems.append(f"position_embedding_type must be 'rope', found {self.position_embedding_type!r}")
         if self.rope_scaling and self.seq_len_interpolation_factor is not None:
