@@ -11,24 +11,21 @@ Source: huggingface/transformers 5.23.0, models/llama/configuration_llama.py and
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from converters.values import ROUNDOFF
 from parity.causes import Cause
+from parity.statement.rope import Floats, rope_cause
 
 Facts = dict[str, Any]
-Floats = npt.NDArray[np.float32]
 STEPS = 16
 """Roundings on the way to a frequency or an activation, by whichever formula; each at most `ROUNDOFF` of the value."""
 FREQUENCIES, ACTIVATION = "rotary frequencies", "hidden_act"
-_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def demanded(folder: Path) -> Facts:
@@ -130,76 +127,3 @@ def _near(found: Floats, wanted: Floats) -> bool:
         return False
     scale = np.maximum(np.abs(wanted), np.finfo(np.float32).tiny) if (wanted > 0).all() else np.abs(wanted).max()
     return bool((np.abs(found.astype(np.float64) - wanted) <= STEPS * ROUNDOFF["float32"] * scale).all())
-
-
-def _rope_cause(wanted: Floats, found: Any, config: Mapping[str, Any]) -> Cause:
-    """Which field of the rope, or which few, another value of which gives the frequencies that were found."""
-    if not isinstance(found, np.ndarray):
-        return Cause(kind="computation", what=("rope",), detail=str(found))
-    if found.shape != wanted.shape:
-        detail = f"{len(found)} frequencies, of a head of {2 * len(found)}, for {len(wanted)}"
-        return Cause(kind="config", what=("head_dim",), detail=detail)
-    if np.array_equal(found, _bf16(wanted)):
-        return Cause(kind="computation", what=("rope",), detail="the frequencies are rounded to bfloat16")
-    true = _rope_fields(config)
-    guesses: dict[str, list[Any]] = {
-        "rope_theta": [10000.0, 500000.0, 1e6, float(found[1]) ** -len(found)],
-        "factor": [8.0, 1.0, 32.0],
-        "low_freq_factor": [1.0],
-        "high_freq_factor": [4.0],
-        "original_max_position_embeddings": [8192, config.get("max_position_embeddings")],
-        "rope_type": ["default"],
-    }
-    if true["rope_type"] == "default":
-        guesses = {"rope_theta": guesses["rope_theta"]}
-    else:
-        plain = _frequencies({**true, "rope_type": "default"}, len(found))
-        guesses["factor"].insert(0, float(plain[-1] / found[-1]))
-    for count in range(1, 5):
-        for names in itertools.combinations(guesses, count):
-            for values in itertools.product(*(guesses[name] for name in names)):
-                changed = {**true, **dict(zip(names, values, strict=True))}
-                if None not in values and np.allclose(_frequencies(changed, len(found)), found, rtol=1e-5, atol=0):
-                    detail = ", ".join(
-                        f"{name} {_number(value)} for {_number(true[name])}"
-                        for name, value in zip(names, values, strict=True)
-                    )
-                    return Cause(kind="config", what=tuple(sorted(_in_full(name) for name in names)), detail=detail)
-    what = "rope_theta" if true["rope_type"] == "default" else "rope_scaling"
-    first = int(np.argmax(np.abs(found / wanted - 1)))
-    detail = f"frequency {first} is {found[first]:.6g} for {wanted[first]:.6g}, which no field explains by itself"
-    return Cause(kind="config", what=(what,), detail=detail)
-
-
-def _in_full(name: str) -> str:
-    return {"rope_theta": name, "rope_type": "rope_scaling"}.get(name, f"rope_scaling.{name}")
-
-
-def _rope_fields(config: Mapping[str, Any]) -> Facts:
-    """The rope's fields, in whichever spelling."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    return {"rope_theta": theta, "rope_type": kind, **{name: rope.get(name) for name in _ROPE}}
-
-
-def _frequencies(rope: Facts, count: int) -> npt.NDArray[np.float64]:
-    """Inverse frequencies in float64: to find a cause, never to judge."""
-    plain: npt.NDArray[np.float64] = float(rope["rope_theta"]) ** (-np.arange(count) / count)
-    if rope["rope_type"] != "llama3":
-        return plain / float(rope["factor"] if rope["rope_type"] == "linear" else 1.0)
-    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high != low else (turns > high).astype(float)
-    scaled: npt.NDArray[np.float64] = plain * (kept + (1 - kept) / rope["factor"])
-    return scaled
-
-
-def _bf16(values: Floats) -> Floats:
-    pattern = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    pattern = (pattern + np.uint32(0x7FFF) + (pattern >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return pattern.view(np.float32)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.7g}" if isinstance(value, float) else repr(value)

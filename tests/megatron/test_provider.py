@@ -62,7 +62,7 @@ def test_nothing_is_checked_before_finalize() -> None:
         ({"layer_spec": "te"}, ConfigError, "needs a GPU"),
         ({"pipeline_model_parallel_size": 3}, TopologyError, "do not fit pp=3"),
         ({"tensor_model_parallel_size": 3, "ffn_hidden_size": 96}, ConfigError, "Megatron-Core refuses"),
-        ({"tensor_model_parallel_size": 3, "ffn_hidden_size": 100}, ConfigError, "width of 100 does not divide over tp=3"),
+        ({"tensor_model_parallel_size": 3, "ffn_hidden_size": 100}, ConfigError, "100 does not divide over tp=3"),
         ({"sequence_parallel": True}, TopologyError, "sequence parallelism needs tp"),
     ],
     ids=lambda value: str(value)[:40],
