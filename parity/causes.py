@@ -11,6 +11,7 @@ KINDS = (
     "keys exchanged",
     "layers moved",
     "duplicated",
+    "untied",
     "rows permuted",
     "columns permuted",
     "transposed",

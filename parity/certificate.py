@@ -20,6 +20,8 @@ SCHEMA = "llama-parity/certificate/1"
 NAME = "parity-certificate"
 """Of the files, before `.json` and `.md`."""
 CHUNK = 1 << 22
+NEEDED = ("plan", "config", "import", "export", "round trip", "logits and loss", "training", "decoding", "activations")
+"""Tests of the suite without which there is no card."""
 _FIELDS = frozenset(
     {"schema", "model", "made", "layouts", "checks", "coverage", "self_test", "files", "versions", "machine"}
     | {"weights", "command", "digest"}
@@ -87,6 +89,9 @@ def card_of(
         for test in case["tests"]
         if test["verdict"] in ("FAIL", "error") and f"{case['id']}, {test['name']}" not in failed
     ]
+    ran = [{test["name"] for test in case["tests"]} for case in report["cases"]]
+    for case, tests in zip(report["cases"], ran, strict=True):
+        failed += [f"{case['id']}, {name}: was not run" for name in sorted({*NEEDED, *set().union(*ran)} - tests)]
     if report.get("interrupted"):
         failed.append("the run was interrupted")
     if failed or not checks:

@@ -74,6 +74,13 @@ def tensors(first: Path, second: Path) -> list[Measurement]:
     ]
 
 
+def narrower(first: Path, second: Path) -> str | None:
+    """The half precision that all of the second's tensors have and the first's have not; `None` otherwise."""
+    mine, theirs = ({tensor.dtype for tensor in read(folder).values()} for folder in (first, second))
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return next((name for dtype, name in names.items() if theirs == {dtype} and theirs != mine), None)
+
+
 def _tied(key: str, tensors: Tensors) -> bool:
     """Whether a tensor is a stored copy of the embedding, which a tied model does not need."""
     if key != HEAD or EMBEDDING not in tensors or tensors[key].shape != tensors[EMBEDDING].shape:

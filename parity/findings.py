@@ -10,9 +10,6 @@ from typing import Any, SupportsFloat
 from converters.errors import listing
 from parity.causes import Cause
 
-CAUSES_SHOWN = 6
-"""Causes that a failure's text names."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -72,7 +69,7 @@ class Measurement:
             margin=margin,
             passed=0 <= value <= limit < math.inf,
             where=where,
-            detail=_with_causes(causes, detail),
+            detail=detail,
             causes=tuple(cause.as_json() for cause in causes),
         )
 
@@ -131,7 +128,7 @@ class Measurement:
             margin=None,
             passed=count >= 1 and not exceptions,
             where=where,
-            detail=_with_causes(causes, "\n".join(lines)),
+            detail="\n".join(lines),
             causes=tuple(cause.as_json() for cause in causes),
         )
 
@@ -165,13 +162,6 @@ def times(ratio: float) -> str:
     """A ratio of at least one, to two significant digits: `1.8x`, `12x`, `10,000x`."""
     rounded = float(f"{ratio:.2g}")
     return f"{rounded:,.0f}x" if rounded >= 10 else f"{rounded:.1f}x"
-
-
-def _with_causes(causes: Sequence[Cause], detail: str) -> str:
-    """The causes as the first lines."""
-    shown = [f"cause: {cause}" for cause in causes[:CAUSES_SHOWN]]
-    shown += [f"and {len(causes) - CAUSES_SHOWN} further causes"] * (len(causes) > CAUSES_SHOWN)
-    return "\n".join([*shown, *([detail] if detail else [])])
 
 
 def _jsonable(value: float) -> float | str:

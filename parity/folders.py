@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from converters.artefacts import carried
 from converters.errors import CheckpointError, listing
 from converters.execute import bits
 from converters.topology import Topology
@@ -19,9 +20,8 @@ from parity import coded
 from parity.causes import Cause, field_name, shorts
 from parity.diagnosis.diagnose import diagnose
 from parity.diagnosis.provenance import Floats
+from parity.difference_map import Worst, worst
 
-NOT_COMPARED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".py"}
-"""Suffixes of weights in any format, of pickles, and of code, which only a trusted model carries over."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DIAGNOSED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,11 +34,13 @@ class Found:
         count: Tensors and files compared.
         differing: What differs, a line each.
         causes: What explains it.
+        worst: The tensor with the most wrong elements.
     """
 
     count: int
     differing: tuple[str, ...] = ()
     causes: tuple[Cause, ...] = ()
+    worst: Worst | None = None
 
 
 class Lazy(Mapping[str, Floats]):
@@ -85,20 +87,16 @@ def compare_folders(
     lines += [f"{key}: new" for key in sorted(set(after) - set(before))]
     for key in sorted(set(before) & set(after)):
         lines += differences(key, after[key], before[key], table)
+    shown = None
     if lines:
+        pairs = {key: (after[key], before[key]) for key in sorted(set(before) & set(after))}
+        shown = worst(pairs, is_coded=table is not None)
         config = json.loads((folder / "config.json").read_text())
         # A file that cannot be read takes its tensors with it: that is one cause, not many.
         if unreadable:
             before = {key: tensor for key, tensor in before.items() if key in after}
         causes += tensor_causes(before, after, config, topology, table if dtype == torch.float32 else None)
-    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [
-        path
-        for path in files
-        if path.suffix not in NOT_COMPARED
-        and not path.name.endswith(".index.json")
-        and not any(part.startswith(".") or part in ("original", "onnx") for part in path.parts)
-    ]
+    files = [Path("config.json"), *carried(folder)]
     for name in files:
         if not (target / name).is_file():
             lines.append(f"{name}: missing")
@@ -112,7 +110,7 @@ def compare_folders(
             said, why = _config_differences(folder / name, target / name, None if kept else dtype)
             lines += said
             causes += why
-    return Found(count=len(before) + len(files), differing=tuple(lines), causes=tuple(causes))
+    return Found(count=len(before) + len(files), differing=tuple(lines), causes=tuple(causes), worst=shown)
 
 
 def tensor_causes(

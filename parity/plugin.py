@@ -48,6 +48,8 @@ class State:
 
 
 STATE = pytest.StashKey[State]()
+LEFT_OUT = "parity_left_out"
+"""What a worker of pytest-xdist tells at its end."""
 SHARED = pytest.StashKey[bool]()
 """Whether the distribution over xdist workers is left to this plugin."""
 
@@ -77,6 +79,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from parity.scheduling import ByTopology
 
     return ByTopology(config, log, {case.id: case.topology_id for case in state.cases})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker left out when it collected: the process that writes reports collects nothing."""
+    state = node.config.stash.get(STATE, None)
+    if state is not None:
+        told = map(tuple, getattr(node, "workeroutput", {}).get(LEFT_OUT, ()))
+        state.left_out += [one for one in told if one not in state.left_out]
 
 
 def pytest_configure(config: pytest.Config) -> None:

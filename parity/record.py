@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from parity.causes import Cause
 from parity.findings import Account, Finding, Map, Measurement
 
 PROPERTY = "parity"
@@ -18,6 +19,9 @@ PICTURE = "parity_picture"
 
 ACCOUNT = "parity_account"
 """Name of the user property that carries one account of names: its title and its rows."""
+
+CAUSES = 6
+"""Causes that a failure's text names."""
 
 
 class Record:
@@ -38,7 +42,13 @@ class Record:
 
         A check goes on after a measurement that fails: what it finds next, and its pictures, may say why.
         """
-        failures = [text for finding in findings if (text := self._keep(finding))]
+        failures, measured = [], False
+        for finding in findings:
+            measured = measured or isinstance(finding, Measurement)
+            if text := self._keep(finding):
+                failures.append(text)
+        if not measured:
+            pytest.fail(f"{self._subject}: the check measured nothing", pytrace=False)
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
 
@@ -71,4 +81,7 @@ class Record:
             return ""
         lines = [measurement.verdict, f"  case   {self._subject}"]
         lines += [f"  where  {measurement.where}"] if measurement.where else []
+        lines += [f"  cause: {Cause.from_json(cause)}" for cause in measurement.causes[:CAUSES]]
+        more = len(measurement.causes) - CAUSES
+        lines += [f"  and {more} further causes"] * (more > 0)
         return "\n".join([*lines, *(f"  {line}" for line in measurement.detail.splitlines())])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parity.bounds import Floats, allowed, largest, nearness, rms
+from parity.bounds import Floats, Spread, allowed, nearness, spread
 from parity.case import Case
 from parity.checks.bench import Bench, NotApplicable
+from parity.checks.forward import held
+from parity.diagnosis.localise import explained
 from parity.findings import Finding, Lines, Measurement
 from parity.probes import Probe, probes
 
@@ -24,6 +25,7 @@ NEW, SHORTER = 24, 7
 MASKLESS = "left padding and prompts in parts are not asked: these layers take no mask"
 
 
+@explained
 def with_cache(bench: Bench) -> Iterator[Finding]:
     """Logits with the cache against the whole forward and transformers, and greedy text, token for token.
 
@@ -34,13 +36,13 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     if reasons := without_cache(case):
         raise NotApplicable("; ".join(reasons))
     asked, prompts, said = _asked(bench)
-    bound = _bound(case, said)
+    own = _spread(said)
     found = bench.ranks(
         "observation.decoding:decoded", bench.converter, bench.subject.folder, bench.settings, asked, PREFILL, prompts
     )
     (actual,) = [one for one in found if one is not None]
-    yield from _logits(actual, said, bound)
-    yield _picture(actual, said, bound)
+    yield from _logits(case, actual, said, own)
+    yield _picture(case, actual, said, own)
     told = [trio for trio in zip(prompts, actual.texts, said.texts, strict=True) if trio[1] is not None]
     oracles: list[Floats | None] = [None] * len(told)
     if said.oracle is not None:
@@ -48,7 +50,7 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
         oracles = bench.alone("observation.decoding:oracle_along", bench.subject.folder, *given, case.precision)
     for (prompt, text, expected), oracle in zip(told, oracles, strict=True):
         assert text is not None
-        yield from _text(prompt, text, expected, oracle, bound)
+        yield from _text(case, prompt, text, expected, oracle, own, _within(case, said, own))
 
 
 def without_cache(case: Case) -> list[str]:
@@ -64,21 +66,6 @@ def without_cache(case: Case) -> list[str]:
     if case.topology.cp > 1:
         reasons.append("Megatron-Core's KV cache holds whole sequences, which context parallelism (cp) cuts")
     return reasons
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """What a logit is held to, derived from transformers with and without its cache.
-
-    Args:
-        logits: The largest difference that is allowed, or in bfloat16 the rms distance from the oracle.
-        spread: The same of transformers itself: the floor.
-        detail: What it was derived from.
-    """
-
-    logits: float
-    spread: float
-    detail: str
 
 
 def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
@@ -108,82 +95,81 @@ def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
     return found
 
 
-def _bound(case: Case, said: References) -> Bound:
-    evaluations = [said.whole, said.fused, said.cached]
-    if said.oracle is None:
-        spread = max(largest(one, said.whole).value for one in evaluations)
-        bound = allowed(spread, float(np.abs(said.whole).max()), case.max_floors)
-        detail = f"floor {spread:.2e}: transformers against itself, with its cache and without, and evaluated otherwise"
-        return Bound(logits=bound, spread=spread, detail=detail)
-    near = max(rms(one, said.oracle).value for one in evaluations)
-    near = max(near, *(rms(text.logits, oracle).value for text, oracle in zip(said.texts, said.oracles, strict=True)))
-    detail = f"transformers' own distance from its float32 oracle, with its cache and without: {near:.2e}"
-    return Bound(logits=nearness(near, case.topology.tp, case.max_floors), spread=near, detail=detail)
+def _spread(said: References) -> Spread:
+    """How far transformers is from itself, in float32, or from its oracle: in all of its answers, at their worst."""
+    expected = said.whole if said.oracle is None else said.oracle
+    answers = [([said.whole, said.fused, said.cached], expected)]
+    answers += [([text.logits], oracle) for text, oracle in zip(said.texts, said.oracles, strict=bool(said.oracles))]
+    spreads = [spread([_by_token(one) for one in found], _by_token(right)) for found, right in answers]
+    return Spread(
+        largest=max(one.largest for one in spreads),
+        rms=max(one.rms for one in spreads),
+        token=max(one.token for one in spreads),
+        row=max(one.row for one in spreads),
+    )
 
 
-def _logits(actual: Decoded, said: References, bound: Bound) -> Iterator[Finding]:
+def _by_token(logits: Floats) -> Floats:
+    """`[b s v]` as `[b*s v]`."""
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _logits(case: Case, actual: Decoded, said: References, own: Spread) -> Iterator[Finding]:
     """Each way of decoding against transformers, and in float32 against the same model's whole forward too."""
-    ways = [("decode with cache", actual.stepwise, said.whole)]
+    expected = said.whole if said.oracle is None else said.oracle
+    ways = [("decode with cache", actual.stepwise, expected)]
     if said.oracle is None:
         ways.append(("decode, own forward", actual.stepwise, actual.whole))
     if actual.parts is not None:
-        ways.append(("decode in parts", actual.parts, said.whole))
-    for check, found, whole in ways:
-        distance = largest(found, whole) if said.oracle is None else rms(found, said.oracle)
-        row, token, entry = distance.where
-        detail = [bound.detail, f"{len(found)} x {found.shape[1]} tokens, the first {PREFILL} together"]
-        detail += [MASKLESS] if actual.parts is None else []
-        yield Measurement.within(
-            check,
-            measured=distance.value,
-            bound=bound.logits,
-            unit="max |Δ|" if said.oracle is None else "rms from fp32",
-            where=f"sequence {row}, token {token}, vocabulary row {entry}",
-            detail="\n".join(detail),
-        )
+        ways.append(("decode in parts", actual.parts, expected))
+    detail = [f"{len(expected)} x {expected.shape[1]} tokens, the first {PREFILL} together"]
+    detail += [MASKLESS] if actual.parts is None else []
+    at = np.argwhere(np.ones(expected.shape[:2], dtype=bool))
+    for check, found, right in ways:
+        yield from held(check, found, right, own, at=at, case=case, detail="\n".join(detail))
 
 
-def _picture(actual: Decoded, said: References, bound: Bound) -> Lines:
+def _picture(case: Case, actual: Decoded, said: References, own: Spread) -> Lines:
+    """Error by token, the worst sequence's: in float32 the largest over the vocabulary, below it the rms."""
     expected = said.whole if said.oracle is None else said.oracle
 
     def by_token(found: Floats) -> list[float]:
         difference = np.abs(found.astype(np.float64) - expected)
-        over = (0, 2)
-        by = difference.max(axis=over) if said.oracle is None else np.sqrt((difference**2).mean(axis=over))
-        return [float(value) for value in by]
+        by = difference.max(axis=2) if said.oracle is None else np.sqrt((difference**2).mean(axis=2))
+        return [float(value) for value in by.max(axis=0)]
 
     curves = {"megatron, cache": by_token(actual.stepwise), "transformers, cache": by_token(said.cached)}
     if actual.parts is not None:
         curves["megatron, cache, in parts"] = by_token(actual.parts)
+    gate = _within(case, said, own) if said.oracle is None else nearness(own.token, case.topology.tp, case.max_floors)
     return Lines(
         title=f"Decoding: error by token, the first {PREFILL} together, then one by one",
         x="token",
         y="max |Δ logit|" if said.oracle is None else "rms from fp32, logits",
         curves=curves,
-        marks={"floor": bound.spread, "gate": bound.logits},
+        marks={"floor": own.largest if said.oracle is None else own.token, "gate": gate},
     )
 
 
-def _text(prompt: Prompt, found: Text, expected: Text, oracle: Floats | None, bound: Bound) -> Iterator[Measurement]:
+def _within(case: Case, said: References, own: Spread) -> float:
+    """How far a logit may be from transformers' in float32."""
+    return allowed(own.largest, float(np.abs(said.whole).max()), case.max_floors)
+
+
+def _text(
+    case: Case, prompt: Prompt, found: Text, expected: Text, oracle: Floats | None, own: Spread, within: float
+) -> Iterator[Measurement]:
     """Greedy text, and the logits of its tokens: against transformers' own, or against an oracle along this text."""
+    asked = np.ones(found.tokens.shape, dtype=bool)
     if oracle is None:
-        yield written(prompt, found, expected, bound.logits)
+        yield written(prompt, found, expected, within)
         # Where the texts part, what follows answers to other questions.
-        alike = np.cumprod(found.tokens == expected.tokens, axis=1)[:, :-1]
-        asked = np.concatenate([np.ones_like(alike[:, :1]), alike], axis=1)[..., None] == 1
-        distance = largest(np.where(asked, found.logits, expected.logits), expected.logits)
+        asked[:, 1:] = np.cumprod(found.tokens == expected.tokens, axis=1)[:, :-1] == 1
     else:
         yield chosen(prompt, found)
-        distance = rms(found.logits, oracle)
-    row, step, entry = distance.where
-    yield Measurement.within(
-        f"{prompt.name}, logits",
-        measured=distance.value,
-        bound=bound.logits,
-        unit="max |Δ|" if oracle is None else "rms from fp32",
-        where=f"row {row}, step {step}, vocabulary row {entry}",
-        detail=f"{bound.detail}\n{_about(prompt)}",
-    )
+    right = expected.logits if oracle is None else oracle
+    detail = f"{_about(prompt)}; tokens are counted from the first that is written"
+    yield from held(f"{prompt.name}, logits", found.logits, right, own, at=np.argwhere(asked), case=case, detail=detail)
 
 
 def written(prompt: Prompt, found: Text, expected: Text, bound: float) -> Measurement:

@@ -31,15 +31,21 @@ LOOK = (
 )
 
 
-def asked(bench: Bench) -> Asked:
-    """The probes of this case's model, and what transformers says to each in the case's precision; asked once."""
+def asked(bench: Bench, rounded: str | None = None) -> Asked:
+    """The probes of this case's model, and what transformers says to each in the case's precision; asked once.
+
+    Args:
+        bench: The case.
+        rounded: As for `parity.observation.forward.references`.
+    """
 
     def ask() -> Asked:
         subject = bench.subject
         found = probes(subject.config, subject.folder, prose=subject.weights != "seeded")
-        return found, bench.alone("observation.forward:references", subject.folder, found, bench.case.precision)
+        arguments = (subject.folder, found, bench.case.precision, rounded)
+        return found, bench.alone("observation.forward:references", *arguments)
 
-    found: Asked = bench.shared.once(("asked", bench.case.slug, bench.case.precision), ask)
+    found: Asked = bench.shared.once(("asked", bench.case.slug, bench.case.precision, rounded), ask)
     return found
 
 
@@ -63,6 +69,13 @@ def logits_and_loss(bench: Bench) -> Iterator[Finding]:
     found = bench.ranks("observation.forward:forward", bench.converter, bench.subject.folder, bench.settings, questions)
     (answers,) = [one for one in found if one is not None]
     yield _numbers(questions, answers)
+    if misshapen := [
+        f"{probe.name}: expected logits {list(reference.expected.logits.shape)}, found {list(answer.logits.shape)}"
+        for probe, reference, answer in zip(questions, references, answers, strict=True)
+        if answer.logits.shape != reference.expected.logits.shape
+    ]:
+        yield Measurement.equal("logits, of every row", count=len(questions), unit="probes", differing=misshapen)
+        return
     for probe, reference, answer in zip(questions, references, answers, strict=True):
         yield from _compared(case, probe, reference, answer)
     if exactly(case, bench.subject.config):

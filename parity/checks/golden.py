@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity.bounds import FLOORS
 from parity.cache import digest_of
 from parity.case import Case
 from parity.checks.bench import Bench
@@ -30,7 +31,7 @@ from parity.golden.file import (
     strays,
     write,
 )
-from parity.golden.values import FROM_LOGITS, Compared, asked, compare, compare_all, from_logits, unmatched
+from parity.golden.values import FROM_LOGITS, Compared, asked, compare, compare_all, from_logits, noise, unmatched
 from parity.probes import Probe
 
 if TYPE_CHECKING:
@@ -100,18 +101,29 @@ def _held(bench: Bench, shelf: Shelf) -> Iterator[Finding]:
     unmet += [f"{name}: unused: no check reads this file" for name in strays(home) if name != PENDING]
     found = compare_all(golden.quantities, now.quantities, case.max_floors)
     candidate = _candidate(bench, golden, now)
-    if moved or unmet or not all(one.passed for one in found):
+    worst = noise(golden.quantities, now.quantities)
+    coarser = worst.unmet if worst is not None else []
+    if moved or unmet or coarser or not all(one.passed for one in found):
         unmet.append(_left_pending(bench, shelf, golden, now))
     yield Measurement.proved(
         "golden, file", count=len(golden.quantities), unit="quantities and their origin", unproved=[*moved, *unmet]
     )
+    if worst is not None:
+        yield Measurement.within(
+            "golden, noise floors",
+            measured=worst.growth,
+            bound=FLOORS,
+            unit="times the floor of the golden",
+            where=worst.name,
+            detail="\n".join(coarser),
+        )
     for whose, compared in (("transformers", found), (case.backend, candidate)):
         for one in compared:
             yield Measurement.within(
                 f"golden, {one.name}" + f", {case.backend}" * (whose == case.backend),
                 measured=one.distance,
                 bound=one.bound,
-                unit="of the largest alike",
+                unit="of the largest in its group",
                 where=one.where,
                 detail=f"golden {one.then!r}, now {one.now!r}\n" + _who_moved(whose, moved, found, golden, now, home),
             )

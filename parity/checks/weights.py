@@ -20,6 +20,7 @@ from parity.statement import ledgers
 from parity.statement.config import disagreements
 
 if TYPE_CHECKING:
+    from parity.folders import Found
     from parity.observation.weights import Imported
 
 
@@ -33,6 +34,7 @@ def imported(bench: Bench) -> Iterator[Finding]:
     causes = list(dict.fromkeys([*causes, *merged(traces, key_table(bench.subject.config))]))
     count = sum(rank.found.count for rank in ranks)
     yield Measurement.equal("import, coded", count=count, unit="parameters", differing=differing, causes=causes)
+    yield from _picture(*(rank.found for rank in ranks))
 
 
 @measures("config, in the model")
@@ -99,6 +101,7 @@ def exported(bench: Bench) -> Iterator[Finding]:
         differing=found.differing,
         causes=found.causes,
     )
+    yield from _picture(found)
 
 
 @measures("round trip")
@@ -111,6 +114,14 @@ def round_trip(bench: Bench) -> Iterator[Finding]:
     yield Measurement.equal(
         "round trip", count=found.count, unit="tensors and files", differing=found.differing, causes=found.causes
     )
+    yield from _picture(found)
+
+
+def _picture(*found: Found) -> Iterator[Finding]:
+    """Where the tensor with the most wrong elements is wrong, if one is."""
+    seen = [one.worst for one in found if one.worst is not None]
+    if seen:
+        yield max(seen, key=lambda one: one.elements).picture
 
 
 def _import(bench: Bench) -> list[Imported]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -93,13 +95,17 @@ def _certify(asked: argparse.Namespace, folder: Path, output: Path) -> int:
             given = None if option.name in NOT_HERE else getattr(asked, option.dest)
             if given is not None:
                 line.append(f"--{option.name}" if option.flag else f"--{option.name}={given}")
-        subprocess.run([sys.executable, "-m", *line, f"--parity-report={report}"], check=False)
-        if not report.is_file():
-            raise CheckpointError(f"{folder} gets no certificate: the run wrote no report (see above)")
+        # Nothing from outside may leave checks out: neither PYTEST_ADDOPTS nor the addopts of an ini file nearby.
+        environ = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+        run = [sys.executable, "-m", *line, "-o", "addopts=", f"--parity-report={report}"]
+        status = subprocess.run(run, env=environ, check=False).returncode
+        if not report.is_file() or status:
+            raise CheckpointError(f"{folder} gets no certificate: the run ended with status {status} (see above)")
         record = json.loads(report.read_text(encoding="utf-8"))
         self_test = _self_test(asked.self_test, Path(scratch) / "self-test.json")
     if certificate.differences({"files": files}, _files(folder, "unchanged by the run?")):
         raise CheckpointError(f"{folder} changed while it was checked: run again")
+    record["command"] = shlex.join(["parity", "certify", *sys.argv[2:]])
     card = certificate.card_of(folder, files, record, self_test)
     for path in certificate.write(card, output):
         console.print(f"written: {path}")

@@ -16,7 +16,7 @@ from converters.errors import ConversionError, near
 from parity.bounds import FLOORS
 from parity.checks.golden import DEFAULT, differences
 from parity.golden.file import NAME, PENDING, GoldenError, accept, read, spelled, strays
-from parity.golden.values import Compared, compare_all, unmatched
+from parity.golden.values import Compared, compare_all, noise, unmatched
 
 TIMEOUT = 900.0
 
@@ -102,6 +102,8 @@ def _diff(asked: argparse.Namespace) -> int:
         if then != now:
             print(f"{name}: {then}\n{' ' * len(name)}  {now}")
     unmet = unmatched(old.quantities, new.quantities)
+    worst = noise(old.quantities, new.quantities)
+    unmet += worst.unmet if worst is not None else []
     found = compare_all(old.quantities, new.quantities, FLOORS)
     _print(_compared(found))
     print("\n".join(unmet))
@@ -192,8 +194,11 @@ def _verified(home: Path, zygote: Any) -> _Verified:
         env={"CUDA_VISIBLE_DEVICES": ""},
     )
     wrong = [*differences(golden, model.config, now), *unmatched(golden.quantities, now.quantities), *unused]
+    worst = noise(golden.quantities, now.quantities)
+    coarser = worst.unmet if worst is not None else []
+    wrong += coarser
     found = compare_all(golden.quantities, now.quantities, FLOORS)
-    if not all(one.passed for one in found):
+    if coarser or not all(one.passed for one in found):
         wrong.append(f"then: {golden.versions}\nnow:  {spelled(now.versions)}\nmake it anew with\n  {golden.command}")
     return _Verified(slug=home.name, found=found, wrong=wrong)
 

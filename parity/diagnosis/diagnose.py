@@ -122,7 +122,10 @@ class _Tensor:
         if "rows shifted" in kinds or ("rows permuted" in kinds and short(self.key) in VOCABULARY):
             out = [trace for trace in out if trace.kind != "zeros"]  # padding that came in from beyond the edge
         if wrong.any():
-            out.append(self._unexplained(right, found, wrong))
+            gone = not found[wrong].any()  # single elements, of no row or column
+            out.append(
+                self._trace("zeros", wrong, _part(wrong, self.tp)) if gone else self._unexplained(right, found, wrong)
+            )
         return out
 
     def _trace(self, kind: str, mask: Bools, part: str = "", detail: str = "", source: str = "") -> Trace:
@@ -236,6 +239,8 @@ def _computed(right: Floats, found: Floats, wrong: Bools) -> tuple[str, str]:
         return "rounded", "to bfloat16"
     if np.array_equal(pattern & np.uint32(0xFFFF0000), other):
         return "truncated", "to bfloat16"
+    if len(exact) > 1 and np.array_equal(exact.view(np.int32).astype(np.float32), said):
+        return "dtype", "the bytes of float32, read as int32"
     with np.errstate(over="ignore", invalid="ignore"):
         if np.array_equal(exact.astype(np.float16).astype(np.float32), said):
             return "rounded", "to float16"

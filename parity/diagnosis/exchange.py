@@ -15,18 +15,17 @@ import numpy as np
 import torch
 
 from converters.topology import Topology
-from parity.causes import Cause, field_name
-from parity.diagnosis.held import Held, checkpoint, pullback
+from parity.causes import Cause
+from parity.diagnosis.held import Held, checkpoint
+from parity.diagnosis.pullback import Pullback
 from parity.observation import taps
 from parity.observation.activations import Floats, Reach, Yardstick, first_wrong, merged, reached
 from parity.observation.observe import DTYPES
 from parity.probes import Probe
+from parity.statement.config import FREQUENCIES, Facts, activation_name, demanded, disagreement
 
-SAME = 2.0**-16
-"""Two frequencies are the same within this: transformers and Megatron-Core differ by 2^-23, bfloat16 by 2^-9."""
 SHOWN = 6
 """Tensors that a line names."""
-ROPE = ("rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +87,14 @@ def judge(failing: Failing, held: Sequence[Held], scratch: Path) -> Verdict:
         held: What each rank's model is.
         scratch: Where ranks left the tensors that differ.
     """
-    config = _config(failing.folder)
     actual = merged([rank.taps for rank in held])
     plain = _yardsticks(failing, ())
     first = _first_wrong(failing, plain, actual)
     if first is None:
         return Verdict(first=None, causes=(), lines=("every tap is within its bound",))
     weights = _weights(failing, scratch)
-    fields = _fields(config, held)
-    rope, beyond = _rope(config, held)
-    parts = [part for part in (weights, *fields, rope) if part is not None]
+    fields, beyond = _stated(failing, held)
+    parts = [*([weights] if weights else []), *fields]
     rest: Reach | None = first
     blamed: list[Part] = []
     if parts:
@@ -113,9 +110,9 @@ def judge(failing: Failing, held: Sequence[Held], scratch: Path) -> Verdict:
     lines += [part.line for part in blamed]
     lines += [f"{part.line}; this does not matter here" for part in parts if part not in blamed]
     lines += ["weights: equal to the bit"] if weights is None else []
-    lines += ["config: nothing differs that the model says of itself"] if not fields and rope is None else []
+    lines += ["config: nothing differs that the model says of itself"] if not fields else []
     if rest is not None:
-        cause = _computation(rest, [*beyond, *(pair for rank in held for pair in rank.beyond)])
+        cause = _computation(rest, beyond)
         causes.append(cause)
         known = "transformers with all of the above still computes otherwise, " if blamed else ""
         lines.append(f"computation: {known}first at {_place(rest)}: {cause.detail or 'look there'}")
@@ -126,17 +123,11 @@ def judge(failing: Failing, held: Sequence[Held], scratch: Path) -> Verdict:
     return Verdict(first=first, causes=tuple(causes), lines=tuple(lines))
 
 
-def _config(folder: Path) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig.from_pretrained(folder)
-
-
 def _yardsticks(failing: Failing, parts: Sequence[Part]) -> dict[str, Yardstick]:
     """What transformers with `parts` of the Megatron model computes."""
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = _config(failing.folder)
+    config = LlamaConfig.from_pretrained(failing.folder)
     for part in parts:
         part.config(config)
     model = LlamaForCausalLM.from_pretrained(
@@ -167,7 +158,7 @@ def _place(reach: Reach) -> str:
 def _weights(failing: Failing, scratch: Path) -> Part | None:
     """The tensors that ranks hold otherwise than the checkpoint."""
     source, config = checkpoint(failing.folder, failing.precision), taps.hf_config(failing.folder)
-    pulled = pullback(scratch, source, config)
+    pulled = Pullback.of(scratch, source, config)
     changed = pulled.changed()
     if not changed:
         return None
@@ -191,119 +182,38 @@ def _weights(failing: Failing, scratch: Path) -> Part | None:
     )
 
 
-def _fields(config: Any, held: Sequence[Held]) -> list[Part]:
-    """Fields of the config, the rope's aside, that a rank's model has otherwise."""
-    parts = []
-    for name in ("rms_norm_eps", "hidden_act", "head_dim", "tie_word_embeddings"):
-        said = getattr(config, name)
-        for value in sorted({rank.fields[name] for rank in held if name in rank.fields} - {said}, key=repr)[:1]:
-            if isinstance(said, float) and abs(value - said) <= 1e-6 * abs(said):
+def _stated(failing: Failing, held: Sequence[Held]) -> tuple[list[Part], list[Cause]]:
+    """What ranks' models compute with that the config does not demand: as parts, and what transformers cannot do."""
+    wanted, config = demanded(failing.folder), taps.hf_config(failing.folder)
+    parts: dict[str, Part] = {}
+    beyond: list[Cause] = []
+    for facts in (facts for rank in held for facts in rank.facts):
+        for name in facts:
+            cause = None if name in parts else disagreement(name, wanted, facts, config)
+            if cause is None:
                 continue
-            part = _field_part(name, said, value)
-            # The two that say nothing new to transformers (shapes and ties are the weights') are not tried out.
-            parts.append(
-                part if name in ("head_dim", "tie_word_embeddings") else replace(part, config=_setting(name, value))
-            )
-    return parts
+            if cause.kind == "computation" and cause not in beyond:
+                beyond.append(cause)
+            given = _taken_over(name, facts[name], wanted)
+            if given or cause.kind == "config":
+                parts[name] = Part(causes=(cause,), line=f"{cause.kind}: {name}: {cause.detail}", **given)
+    return list(parts.values()), beyond
 
 
-def _setting(name: str, value: Any) -> Callable[[Any], None]:
-    return lambda config: setattr(config, name, value)
+def _taken_over(name: str, value: Any, wanted: Facts) -> dict[str, Callable[[Any], None]]:
+    """How transformers computes with another value of a field; empty where it cannot, or where shapes decide."""
+    if name == "rms_norm_eps" and isinstance(value, float):
+        return {"config": lambda config: setattr(config, name, value)}
+    if not isinstance(value, np.ndarray) or value.shape != wanted[name].shape:
+        return {}
+    if name == FREQUENCIES:
+        return {"model": lambda model: model.model.rotary_emb.inv_freq.copy_(torch.from_numpy(value))}
+    if known := activation_name(value):
+        return {"config": lambda config: setattr(config, name, known)}
+    return {}
 
 
-def _field_part(name: str, said: Any, value: Any) -> Part:
-    text = f"{name} is {value!r} where the checkpoint says {said!r}"
-    return Part(causes=(Cause(kind="config", what=(name,), detail=text),), line=f"config: {text}")
-
-
-def _rope(config: Any, held: Sequence[Held]) -> tuple[Part | None, list[tuple[str, str]]]:
-    """The frequencies that a rank's model turns by, if they are not the checkpoint's, and what explains them."""
-    said = {name: config.rope_parameters[name] for name in ROPE if name in config.rope_parameters}
-    right = frequencies(config, said)
-    wrong = [rank for rank in held if not _same(rank.frequencies, right)]
-    if not wrong:
-        return None, []
-    rank = wrong[0]
-    used = rank.frequencies
-
-    def turn(model: Any) -> None:
-        model.model.rotary_emb.inv_freq.copy_(torch.from_numpy(used))
-
-    for guess in _guesses(said, rank, right):
-        if _same(used, frequencies(config, guess)):
-            names = ["rope_type"] if guess["rope_type"] != said["rope_type"] else _differing(said, guess)
-            texts = [
-                f"{_spelled(name)} is {guess[name]!r} where the checkpoint says {said.get(name)!r}" for name in names
-            ]
-            causes = tuple(
-                Cause(kind="config", what=(_spelled(name),), detail=text)
-                for name, text in zip(names, texts, strict=True)
-            )
-            return Part(causes=causes, line=f"config: {'; '.join(texts)}", model=turn), []
-    if len(used) != len(right):
-        return None, [("rope", f"it turns by {len(used)} frequencies where there must be {len(right)}")]
-    rounded = torch.from_numpy(right).bfloat16().float().numpy()
-    how = "rounded to bfloat16" if _same(used, rounded) else "those of no config that is known here"
-    at = int(np.argmax(np.abs(used / right - 1)))
-    text = f"frequencies (inv_freq) are {how}: number {at} is {used[at]:.8g} and should be {right[at]:.8g}"
-    return Part(
-        causes=(Cause(kind="computation", what=("rope",), detail=text),), line=f"computation: rope: {text}", model=turn
-    ), [("rope", text)]
-
-
-def _guesses(said: Mapping[str, Any], rank: Held, right: Floats) -> list[dict[str, Any]]:
-    """Rope fields that may stand behind the frequencies of `rank`: what its model states first, then one field each."""
-    used = rank.frequencies.astype(np.float64)
-    stated = {name: rank.fields[name] for name in ROPE if name in rank.fields}
-    hard_coded = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    same_type = stated.get("rope_type") == said["rope_type"]
-    guesses: list[dict[str, Any]] = [{**said, **stated} if same_type else {"rope_theta": said["rope_theta"], **stated}]
-    guesses.append({"rope_type": "default", "rope_theta": said["rope_theta"]})
-    if len(used) == len(right) and len(used) > 1:
-        theta = float(used[1] ** -len(used))
-        guesses += [{**said, "rope_theta": value} for value in (float(f"{theta:.3g}"), float(f"{theta:.5g}"), theta)]
-        if "factor" in said:
-            factor = float(said["factor"] * right[-1] / used[-1])
-            guesses += [{**said, "factor": value} for value in (float(f"{factor:.4g}"), factor)]
-    if said["rope_type"] == "llama3":
-        guesses += [{**said, **hard_coded}, {**said, **hard_coded, "factor": 8.0}]
-        guesses += [{**said, name: value} for name, value in hard_coded.items()]
-    return guesses
-
-
-def _differing(said: Mapping[str, Any], guess: Mapping[str, Any]) -> list[str]:
-    """The fields in which two ropes differ; of another type, what follows from the type is not said."""
-    if guess["rope_type"] != said["rope_type"]:
-        return ["rope_type"]
-    return [name for name in ROPE if name != "rope_type" and name in guess and not _close(guess[name], said.get(name))]
-
-
-def _close(one: Any, other: Any) -> bool:
-    return other is not None and abs(one - other) <= 1e-6 * abs(other)
-
-
-def _spelled(name: str) -> str:
-    """As a config spells it. The type is what a scaling is known by: another type is another scaling."""
-    return "rope_scaling" if name == "rope_type" else field_name(f"rope_scaling.{name}")
-
-
-def frequencies(config: Any, rope: Mapping[str, Any]) -> Floats:
-    """Transformers' inverse frequencies for `config` with other rope fields, `[head_dim / 2]` float32."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_attention_heads", "head_dim")}
-    sizes["max_position_embeddings"] = config.max_position_embeddings
-    made = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=dict(rope)))
-    found: Floats = made.inv_freq.detach().float().numpy()
-    return found
-
-
-def _same(one: Floats, other: Floats) -> bool:
-    return one.shape == other.shape and bool((np.abs(one - other) <= SAME * np.abs(other)).all())
-
-
-def _computation(reach: Reach, beyond: Sequence[tuple[str, str]]) -> Cause:
+def _computation(reach: Reach, beyond: Sequence[Cause]) -> Cause:
     """The sub-module behind a tap, or what is known of the model that explains it."""
     part = reach.tap.rpartition(".")[2]
     name = {
@@ -316,7 +226,7 @@ def _computation(reach: Reach, beyond: Sequence[tuple[str, str]]) -> Cause:
         "logits": "head",
     }.get(part, "mlp")
     suspects = {"attention": ("rope", "attention")}.get(name, (name,))
-    known = [(part, text) for part, text in dict.fromkeys(beyond) if part in suspects]
+    known = [cause for cause in beyond if cause.what[0] in suspects]
     if known:
-        return Cause(kind="computation", what=(known[0][0],), where=reach.tap, detail="; ".join(t for _, t in known))
+        return replace(known[0], where=reach.tap, detail="; ".join(cause.detail for cause in known))
     return Cause(kind="computation", what=(name,), where=reach.tap)

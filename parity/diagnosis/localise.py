@@ -52,8 +52,7 @@ def explained(check: Check) -> Check:
             first, *others = held
             assert isinstance(first, Measurement)
             found = localise(bench, [one for one in held if isinstance(one, Measurement)])
-            said = [f"cause: {cause}" for cause in found.causes]
-            detail = "\n".join(line for line in (*said, found.text, first.detail) if line)
+            detail = "\n".join(line for line in (found.text, first.detail) if line)
             yield replace(first, detail=detail, causes=(*(cause.as_json() for cause in found.causes), *first.causes))
             yield from others
 

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from converters.topology import Coord, Topology
+from converters.execute import bits as bits_of
+from converters.topology import Topology
 from parity import coded
 from parity.causes import Cause
 from parity.diagnosis.diagnose import diagnose
 from parity.diagnosis.provenance import Bools, Floats, bits
 from parity.diagnosis.verdicts import Trace
 from parity.folders import Lazy, widened
+from parity.statement.live import Chunk
 from parity.statement.weights import expected_shard
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -62,17 +64,17 @@ class Pullback:
         self._starts = coded.starts(self._table)
         self._size = sum(math.prod(shape) for shape in self._table.values())
 
+    @classmethod
+    def of(cls, folder: Path, source: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Pullback:
+        """The shared files in `folder` for the tensors of `source`."""
+        table = {key: tuple(tensor.shape) for key, tensor in source.items()}
+        return cls(folder, table, tied=bool(config["tie_word_embeddings"]))
+
     def create(self) -> None:
         """Make the files, empty. Once, before any rank writes."""
         for name, width in (("values", 4), ("wrong", 1)):
             with (self._folder / name).open("wb") as file:
                 file.truncate(self._size * width)
-
-    def numbers(
-        self, config: Mapping[str, Any], topology: Topology, place: Coord, **choices: Any
-    ) -> dict[str, torch.Tensor]:
-        """For each parameter of a chunk the number of what belongs at each element; `choices` as in the statement."""
-        return expected_shard(self._numbers, config, topology, place, **choices)
 
     def keys(self, name: str, numbers: torch.Tensor) -> list[str]:
         """The tensors of the checkpoint that a parameter is made of."""
@@ -84,12 +86,41 @@ class Pullback:
         keys = list(self._numbers)
         return [keys[place] for place in places]
 
-    def put(self, name: str, numbers: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor) -> list[Trace]:
-        """Keep the wrong elements of one parameter.
+    def keep(self, chunk: Chunk, config: Mapping[str, Any], topology: Topology) -> list[Trace]:
+        """Keep the wrong elements of one model chunk.
+
+        Args:
+            chunk: The chunk.
+            config: Of the checkpoint, transformers' defaults filled in.
+            topology: The layout.
 
         Returns:
-            What has no place in the checkpoint: padding that is not zero.
+            What has no place in the checkpoint: parameters that are missing, strange, or of another shape or dtype, and
+            padding that is not zero.
         """
+        strange = sorted(set(chunk.held) - set(chunk.stated))
+        traces = [Trace(keys=(name,), kind="extra tensors", elements=chunk.held[name].numel()) for name in strange]
+        wrong = {name: right for name, right in chunk.stated.items() if not _same(chunk.held.get(name), right)}
+        if not wrong:
+            return traces
+        numbers = expected_shard(self._numbers, config, topology, chunk.place, **chunk.choices)
+        for name, right in wrong.items():
+            keys, found = tuple(self.keys(name, numbers[name])), chunk.held.get(name)
+            kind, count, detail = "padding", right.numel(), "not zero"
+            if found is None:
+                kind, detail = "missing tensors", ""
+            elif found.shape != right.shape:
+                kind, detail = "shape", f"{name}: expected {list(right.shape)}, found {list(found.shape)}"
+            elif found.dtype != right.dtype:
+                kind, detail = "dtype", f"found {str(found.dtype).removeprefix('torch.')}"
+            else:
+                count = self._put(name, numbers[name], found, right)
+            if count:
+                traces.append(Trace(keys=keys, kind=kind, elements=count, detail=detail))
+        return traces
+
+    def _put(self, name: str, numbers: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor) -> int:
+        """Keep the wrong elements of one parameter; how many wrong ones have no place, which is padding."""
         found, at = widened(actual), numbers.numpy().ravel().astype(np.int64)
         wrong = bits(found) != bits(widened(expected))
         beside = wrong & (at == 0)
@@ -100,10 +131,7 @@ class Pullback:
         if len(places):
             np.memmap(self._folder / "values", np.float32, "r+")[places] = found[wrong]
             np.memmap(self._folder / "wrong", np.uint8, "r+")[places] = 1
-        count = int(beside.sum())
-        detail = "not zero"
-        keys = tuple(self.keys(name, numbers))
-        return [Trace(keys=keys, kind="padding", elements=count, detail=detail)] if count else []
+        return int(beside.sum())
 
     def changed(self) -> dict[str, tuple[Bools, Floats]]:
         """Each tensor that ranks hold otherwise: which of its elements are wrong, and what is there."""
@@ -120,19 +148,23 @@ class Pullback:
         self, source: Mapping[str, torch.Tensor], config: Mapping[str, Any], topology: Topology, *, is_coded: bool
     ) -> list[Cause]:
         """The diagnosis of what all ranks have put, against the checkpoint in the model's dtype."""
-        wrong = np.memmap(self._folder / "wrong", np.uint8, "r")
-        values = np.memmap(self._folder / "values", np.float32, "r")
+        changed = self.changed()
+        if not changed:
+            return []
         expected = {**source, HEAD: source[EMBEDDING]} if self._tied else dict(source)
 
-        def changed(key: str, right: Floats) -> Floats:
-            at = slice(self._starts[key], self._starts[key] + right.size)
-            mask = wrong[at].view(bool)
-            return np.where(mask, values[at], right.ravel()).reshape(right.shape) if mask.any() else right
+        def held(key: str, right: Floats) -> Floats:
+            return np.where(*changed[key], right) if key in changed else right
 
-        if not wrong.any():
-            return []
         homes = {HEAD: EMBEDDING} if self._tied else {}
-        found = Lazy(expected, changed)
+        found = Lazy(expected, held)
         return diagnose(
             Lazy(expected), found, config, topology, table=self._numbers.table if is_coded else None, homes=homes
         )
+
+
+def _same(actual: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    """Whether a parameter is there, and equal to the bit."""
+    if actual is None or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    return torch.equal(bits_of(actual.detach().cpu().contiguous()), bits_of(expected.contiguous()))

@@ -7,9 +7,10 @@ import re
 from parity.causes import Cause, field_name, shorts
 from parity.rank_failure import RankFailure
 
-_KEY = re.compile(r"\b(?:model\.(?:layers\.\d+\.[\w.]+\w|embed_tokens\.weight|norm\.weight)|lm_head\.weight)")
+_KEY = re.compile(r"\b(?:model\.\w[\w.]*\.(?:weight|bias)|lm_head\.weight)\b")
 _FILE = re.compile(r"[\w-]+(?:\.[\w-]+)*\.(?:safetensors(?:\.index\.json)?|json|jinja|model)\b")
-_FIELD = re.compile(r"(?m)^\s*(?:[\w.]*Error: )?([a-z]\w*(?:\.\w+)*)(?:=| is missing|: )")
+_FIELD = re.compile(r"(?m)^\s*(?:[\w.]*Error: )?([a-z]\w*(?:\.\w+)*)(?:=| is missing|: )|its default is (\w+)")
+_RAISED = re.compile(r"(?m)^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Failure)(?::|$)")
 _LISTS = (
     (
         "missing tensors",
@@ -22,11 +23,22 @@ _LISTS = (
     ("shape", re.compile(r"tensors of another shape \(\d+\):\n((?:  .*(?:\n|$))+)|(size mismatch for .*)")),
     ("missing tensors", re.compile(r"KeyError: (.*)")),
     ("padding", re.compile(r"(.*elements that must be 0 are not.*)")),
+    ("untied", re.compile(r"(\S+ is a tied copy of \S+), and differs")),
 )
 _UNREADABLE = re.compile(
     r"SafetensorError|files that cannot be|the index promises|which the index lacks|no index|not an index|"
-    r"names files that are not there|expected model\.safetensors|is truncated|not a safetensors file|FileNotFoundError"
+    r"names files that are not there|names weight files that are not|has no safetensors weights|"
+    r"expected model\.safetensors|is truncated|not a safetensors file|FileNotFoundError"
 )
+_IN_MEGATRON = (
+    ("output_layer.weight", ("lm_head",)),
+    ("embedding.word_embeddings.weight", ("model.embed_tokens",)),
+    ("linear_qkv.bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
+    ("linear_proj.bias", ("o_proj.bias",)),
+    ("linear_fc1.bias", ("gate_proj.bias", "up_proj.bias")),
+    ("linear_fc2.bias", ("down_proj.bias",)),
+)
+"""Parameters that a refused export may name, and the HF tensors that they are made of."""
 _TABLE_NAMES = {
     "rope_type": "rope_scaling.rope_type",
     "rope_factor": "rope_scaling.factor",
@@ -45,21 +57,37 @@ def causes_of(failure: RankFailure) -> tuple[Cause, ...]:
         return (Cause(kind="ranks", where=where, detail=failure.kind),)
     out = []
     for kind, listed in _LISTS:
-        keys = {
-            key for found in listed.finditer(message) for part in found.groups() if part for key in _KEY.findall(part)
-        }
-        if keys:
+        parts = [part for found in listed.finditer(message) for part in found.groups() if part]
+        if keys := {key for part in parts for key in _keys(part)}:
             out.append(Cause(kind=kind, what=shorts(keys)))
     if _UNREADABLE.search(message):
         out.append(Cause(kind="unreadable", what=tuple(sorted(set(_FILE.findall(message)))), detail=first))
     if "dtypes differ" in message:
         out.append(Cause(kind="dtype", what=shorts(_KEY.findall(message))))
     if "ConfigError" in message or "config of a" in message:
-        found = [name for name in _FIELD.findall(_config_part(message)) if "self." not in name and "rror" not in name]
-        names = {_TABLE_NAMES.get(name, field_name(name)) for name in found}
-        out.append(Cause(kind="config", what=tuple(sorted(names))))
+        out += _of_config(_raised(failure))
     return tuple(out) or (Cause(kind="ranks", where=where, detail=first),)
 
 
-def _config_part(message: str) -> str:
-    return message.partition("config of a")[2].partition("\n")[2] or message
+def _keys(text: str) -> list[str]:
+    """The HF tensors that a message names, by their own names or by those of the parameters made of them."""
+    return [*_KEY.findall(text), *(key for name, keys in _IN_MEGATRON if name in text for key in keys)]
+
+
+def _raised(failure: RankFailure) -> str:
+    """What the exception says, without the lines of code that led to it."""
+    starts = [found.start() for found in _RAISED.finditer(failure.traceback)]
+    return failure.traceback[starts[-1] :] if starts else str(failure)
+
+
+def _of_config(message: str) -> list[Cause]:
+    _, named, rest = message.partition("config of a")
+    text = rest.partition("\n")[2] if named else message
+    found = [name or default for name, default in _FIELD.findall(text)]
+    names = {_TABLE_NAMES.get(name, field_name(name)) for name in found if "rror" not in name}
+    unused = {name for name in _TABLE_NAMES if re.search(rf"(?m)^\s*{name}=.*: no row of the ledger uses it", text)}
+    causes = [Cause(kind="config", what=tuple(sorted(names)))]
+    if unused:  # fields that its type does not have: it is one type that is wrong, rather than several fields
+        detail = f"the type has no {', '.join(sorted(_TABLE_NAMES[name] for name in unused))}"
+        causes.insert(0, Cause(kind="config", what=(_TABLE_NAMES["rope_type"],), detail=detail))
+    return causes

@@ -225,7 +225,7 @@ FAULTS = (
             does=(Live(r"^output_layer\.weight$", how, "pp"),),  # type: ignore[arg-type]  # literals, below
             at=WAYS,
             needs=("tied", "pp"),
-            causes=of_kind(kind, HEAD) + of_kind(kind, EMBED),
+            causes=of_kind(kind, HEAD) + of_kind(kind, EMBED) + of_kind("untied", EMBED, HEAD),
         )
         for name, how, kind, source in (
             ("zero", "zeros", "zeros", "MB #957, #4694"),

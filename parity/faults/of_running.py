@@ -52,7 +52,7 @@ FAULTS = (
             does=(Patch(name),),
             at=("import",),
             needs=needs,
-            causes=_causes(parts),
+            causes=_causes(parts) + (Cause(kind="config", what=("rms_norm_eps",)),) * (name == "eps 1e-6"),
             checks=("logits",),
         )
         for name, source, needs, parts in FORWARD

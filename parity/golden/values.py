@@ -8,6 +8,7 @@ by as much.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from parity.bounds import Distance, allowed, largest
+from parity.bounds import FLOORS, Distance, allowed, largest
 from parity.golden.file import Quantity, Values, scale_of
 from parity.probes import PROSE, Probe
 
@@ -122,10 +123,20 @@ class Compared:
 
 
 def compare(name: str, expected: Quantity, actual: Values, floor_now: float, floors: float) -> Compared:
-    """Hold `actual` to a golden quantity: within `floors` noise floors, as measured in this run.
+    """Hold `actual` to a golden quantity: within `floors` noise floors.
 
     The golden and the run are one computation on two machines, equal in exact arithmetic, and so are the evaluations
-    that the floor is measured between.
+    that each of the two measured its floor between. The floor here is the geometric mean of both: of a floor that grew
+    with the very loss of precision that is to be found, less than all of the growth widens the bound, and `Noise` says
+    how far floors may grow at all. Up to there the bound is still three times the larger floor, which two honest
+    measurements need.
+
+    Args:
+        name: The quantity.
+        expected: The golden's, with the floor that was measured when it was made.
+        actual: The values found.
+        floor_now: The floor that was measured in this run.
+        floors: How many floors are allowed.
     """
     if actual.shape != expected.values.shape:
         return Compared(
@@ -144,11 +155,57 @@ def compare(name: str, expected: Quantity, actual: Values, floor_now: float, flo
     return Compared(
         name=name,
         distance=found.value,
-        bound=allowed(floor_now, 1.0, floors),
+        bound=floors * math.sqrt(_floor(expected.floor) * _floor(floor_now)),
         where=", ".join(names),
         then=float(expected.values[found.where]),
         now=float(actual[found.where]),
     )
+
+
+def _floor(measured: float) -> float:
+    """At least one rounding step, as in `allowed`: evaluations that agree to the bit still round."""
+    return allowed(measured, 1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The noise floor that grew the most since the golden was made.
+
+    A floor is the error of float32 itself. It depends on a machine's kernels, but one that grew by more than `FLOORS`
+    means that something lost precision, whatever the values are.
+
+    Args:
+        name: The quantity.
+        then: Its floor when the golden was made.
+        now: Its floor in this run.
+    """
+
+    name: str
+    then: float
+    now: float
+
+    @property
+    def growth(self) -> float:
+        """How many times as high it is; NaN where it is no number."""
+        return _floor(self.now) / _floor(self.then) if self.now == self.now else self.now
+
+    @property
+    def unmet(self) -> list[str]:
+        """What is wrong with it: one line, or none."""
+        if self.growth <= FLOORS:
+            return []
+        return [
+            f"{self.name}: the noise floor is {self.now:.2e} and was {self.then:.2e} when the golden was made: float32 "
+            f"is computed {self.growth:.3g} times as coarsely, at most {FLOORS:g} is a machine's own way"
+        ]
+
+
+def noise(expected: Mapping[str, Quantity], actual: Mapping[str, Quantity]) -> Noise | None:
+    """The floor that grew the most, of the quantities that both sides have; one that is no number is the worst."""
+    both = [
+        Noise(name=name, then=one.floor, now=actual[name].floor) for name, one in expected.items() if name in actual
+    ]
+    return max(both, key=lambda one: one.growth if one.growth == one.growth else math.inf, default=None)
 
 
 def compare_all(expected: Mapping[str, Quantity], actual: Mapping[str, Quantity], floors: float) -> list[Compared]:

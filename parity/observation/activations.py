@@ -54,21 +54,23 @@ class Yardstick:
 
     Args:
         expected: `[b s h]`: by eager attention; in bfloat16 by the float32 oracle of the same rounded weights.
-        floor: In float32 the largest difference between evaluations that are equal in exact arithmetic; in bfloat16
-            transformers' own rms distance from the oracle.
+        spread: How far transformers' own evaluations are from it; the rows of the spread are channels.
     """
 
     expected: Floats
-    floor: float
+    spread: bounds.Spread
 
 
 def yardstick(evaluations: Sequence[Floats], oracle: Floats | None) -> Yardstick:
     """The yardstick of one tap, from `evaluations` of which eager attention is the first."""
-    if oracle is None:
-        return Yardstick(
-            expected=evaluations[0], floor=max(bounds.largest(one, evaluations[0]).value for one in evaluations[1:])
-        )
-    return Yardstick(expected=oracle, floor=max(bounds.rms(one, oracle).value for one in evaluations))
+    expected = evaluations[0] if oracle is None else oracle
+    others = evaluations[1:] if oracle is None else evaluations
+    return Yardstick(expected=expected, spread=bounds.spread([_by_token(one) for one in others], _by_token(expected)))
+
+
+def _by_token(activations: Floats) -> Floats:
+    """`[b s h]` as `[b*s h]`."""
+    return activations.reshape(-1, activations.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +79,11 @@ class Reach:
 
     Args:
         tap: Its name.
-        measured: Largest difference; in bfloat16 the rms distance from the oracle.
-        floor: As in the yardstick.
+        measured: Largest difference; in bfloat16 the rms distance from the oracle, over everything or of the worst
+            token, whichever is the larger share of its bound.
+        floor: The same of transformers itself.
         bound: What is allowed.
-        where: Sequence, token and channel of the largest difference.
+        where: Sequence, token and channel of the largest difference; of a worst token, no channel.
     """
 
     tap: str
@@ -122,13 +125,27 @@ def reached(
         if tap not in actual:
             continue
         if precision == "fp32":
-            distance = bounds.largest(actual[tap], stick.expected)
-            bound = bounds.allowed(stick.floor, float(np.abs(stick.expected).max()), floors)
+            bound = bounds.allowed(stick.spread.largest, float(np.abs(stick.expected).max()), floors)
+            held = [(bounds.largest(actual[tap], stick.expected), stick.spread.largest, bound)]
         else:
-            distance = bounds.rms(actual[tap], stick.expected)
-            bound = bounds.nearness(stick.floor, tp, floors)
-        out.append(Reach(tap=tap, measured=distance.value, floor=stick.floor, bound=bound, where=distance.where))
+            whole, token = bounds.rms(actual[tap], stick.expected), _worst_token(actual[tap], stick.expected)
+            held = [
+                (distance, own, bounds.nearness(own, tp, floors))
+                for distance, own in ((whole, stick.spread.rms), (token, stick.spread.token))
+            ]
+        reaches = [
+            Reach(tap=tap, measured=distance.value, floor=own, bound=bound, where=distance.where)
+            for distance, own, bound in held
+        ]
+        out.append(max(reaches, key=lambda reach: reach.share))
     return out
+
+
+def _worst_token(actual: Floats, expected: Floats) -> bounds.Distance:
+    """The largest rms distance of one token, over its channels; `where` is its sequence and its place there."""
+    found = bounds.worst(_by_token(actual), _by_token(expected), axis=1)
+    where = tuple(int(at) for at in np.unravel_index(found.where[0], expected.shape[:2]))
+    return bounds.Distance(value=found.value, where=where)
 
 
 def first_wrong(found: Iterable[Reach]) -> Reach | None:

@@ -38,9 +38,16 @@ class Reference:
     finite: bool
 
 
-def references(folder: Path, probes: Sequence[Probe], precision: str) -> list[Reference]:
-    """Ask transformers each probe: eager and fused attention, and each sequence by itself. In one rank."""
-    model = hf_model(folder, dtype=precision)
+def references(folder: Path, probes: Sequence[Probe], precision: str, rounded: str | None = None) -> list[Reference]:
+    """Ask transformers each probe: eager and fused attention, and each sequence by itself. In one rank.
+
+    Args:
+        folder: The checkpoint.
+        probes: What is asked.
+        precision: Of weights and activations.
+        rounded: Compute in float32, with weights that were rounded to this precision.
+    """
+    model = hf_model(folder, dtype=rounded, oracle=True) if rounded else hf_model(folder, dtype=precision)
     oracle = None if precision == "fp32" else hf_model(folder, dtype=precision, oracle=True)
     return [_reference(model, oracle, probe) for probe in probes]
 

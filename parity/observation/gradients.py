@@ -26,7 +26,7 @@ from converters import execute
 from converters.execute import TensorInfo
 from converters.plan import Copy, Plan
 from converters.topology import Coord, Mesh, Topology
-from parity.bounds import largest
+from parity.bounds import largest, rms
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -37,8 +37,8 @@ class Compared:
 
     Args:
         key: Hugging Face key.
-        distance: Largest absolute difference.
-        where: Index of it.
+        distance: Largest absolute difference in float32; root mean square of the differences in bfloat16.
+        where: Index of the largest.
     """
 
     key: str
@@ -48,7 +48,13 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All gradients of a model beside the expected ones; see `parity.observation.training.Trained` for the fields."""
+    """All gradients of a model beside the expected ones.
+
+    Args:
+        tensors: One for each Hugging Face key.
+        replicas: Copies of a gradient compared with the first: how many, and those that differ.
+        constants: Gradients of what a conversion added (padding, groups of zeros): how many, and those that are not 0.
+    """
 
     tensors: list[Compared]
     replicas: tuple[int, list[str]]
@@ -130,14 +136,16 @@ def freeze(parts: Sequence[Held]) -> list[str]:
     return [name for theirs in found for name in theirs]
 
 
-def compare(parts: Sequence[Held], expected: Path) -> Comparison:
+def compare(parts: Sequence[Held], expected: Path, precision: str) -> Comparison:
     """Put each gradient together, one Hugging Face tensor at a time, and compare it on rank 0. Collective.
 
     Args:
         parts: This rank's chunks, after gradients were reduced.
         expected: Safetensors file with a float32 gradient for each Hugging Face key.
+        precision: Of the model; says which distance is measured.
     """
     first = dist.get_rank() == 0
+    apart = largest if precision == "fp32" else rms
     tensors: list[Compared] = []
     copies, differing = 0, []
     by_target = [{key: found for key, found, _ in part.part.by_target()} for part in parts]
@@ -151,7 +159,7 @@ def compare(parts: Sequence[Held], expected: Path) -> Comparison:
                     fault = execute.tied_fault(copy, part.gradient(copy.source.key).float(), actual)
                     differing += [f"{part.place}: {key}: {fault}"] if fault else []
             if first:
-                distance = largest(actual.cpu().numpy(), reference.get_tensor(key))
+                distance = apart(actual.cpu().numpy(), reference.get_tensor(key))
                 tensors.append(Compared(key=key, distance=distance.value, where=distance.where))
     constants, nonzero = 0, []
     for part in parts:

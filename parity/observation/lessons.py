@@ -64,7 +64,7 @@ class Deal:
     def of(cls, topology: Topology) -> Deal:
         """The deal for a layout; interleaving needs a multiple of the stages."""
         stages = topology.pp
-        return cls(dp=topology.dp, microbatches=2 * stages if stages > 1 else max(1, 4 // topology.dp))
+        return cls(dp=topology.dp, microbatches=2 * stages if stages > 1 else max(1, 2 // topology.dp))
 
     @property
     def rows(self) -> int:

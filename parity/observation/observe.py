@@ -19,7 +19,7 @@ from parity.observation.feeding import Batch, Batches, extended, hidden_from, ma
 from parity.probes import IGNORED, Probe
 
 Floats = npt.NDArray[np.float32]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def hf_model(folder: str | Path, *, dtype: str = "fp32", attention: str = "eager
 
     Args:
         folder: `config.json` and safetensors.
-        dtype: Of weights and activations: `fp32`, `bf16` or `fp64`.
+        dtype: Of weights and activations: a name in `DTYPES`.
         attention: transformers' attention implementation: `eager` or `sdpa`.
         oracle: Compute in float32 with the weights of `dtype`, so that only the weights are rounded.
     """
@@ -150,10 +150,18 @@ def hf_observation(model: Any, probe: Probe, **loading: Any) -> Observation:
             use_cache=False,
         ).logits
     wide = logits.float() if logits.dtype != torch.float64 else logits
-    loss = torch.nn.functional.cross_entropy(
-        wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-    )
-    return Observation(logits=_array(logits), loss=_array(loss.view_as(labels)))
+    return Observation(logits=_array(logits), loss=_array(cross_entropy(wide, labels, wide.dtype)))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of each token, `[rows s]` in `dtype`, 0 where unlabelled.
+
+    Not torch's own: its float32 log-softmax on the CPU adds up a vocabulary one by one, and what it loses (1e-5 nats of
+    49,152 terms, always to one side, and 4e-4 of the gradients) is far above all other noise, in every evaluation.
+    """
+    wide = logits.to(dtype)
+    picked = wide.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return torch.where(labels != IGNORED, wide.logsumexp(dim=-1) - picked, 0.0)
 
 
 def hf_observation_apart(model: Any, probe: Probe) -> Observation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from converters.megatron import runtime
 from converters.topology import Topology
 from parity.converter import Converter, Settings
 from parity.observation import gradients
 from parity.observation import weights as measure
 from parity.observation.lessons import Deal, Lesson, Recipe
+from parity.observation.observe import DTYPES
 from parity.probes import IGNORED
 
 
@@ -34,35 +37,37 @@ class Trained:
         rows: Mean loss of each micro-batch of the first step, in nats, in the order of the batch.
         curve: Mean loss over all labelled tokens, before each step.
         norms: L2 norm of all gradients, as Megatron-Core's optimizer computes it.
-        gradients: The first step's, compared tensor by tensor.
-        replicas: Copies of a gradient compared with the first: how many, and those that differ.
-        constants: Gradients of what a conversion added (padding, groups of zeros): how many, and those that are not 0.
+        gradients: The first step's, compared tensor by tensor, where that was asked for.
         frozen: Parameters that the Hugging Face model does not have, which are not trained.
-        optimizer: The class that Megatron-Core steps with.
+        optimizer: Megatron-Core's optimizer, and the class that it steps with.
     """
 
     rows: list[float]
     curve: list[float]
     norms: list[float]
-    gradients: list[gradients.Compared]
-    replicas: tuple[int, list[str]]
-    constants: tuple[int, list[str]]
+    gradients: gradients.Comparison | None
     frozen: list[str]
     optimizer: str
 
 
 def train(
-    converter: Converter, folder: Path, settings: Settings, batches: Sequence[Lesson], recipe: Recipe, expected: Path
+    converter: Converter,
+    folder: Path,
+    settings: Settings,
+    batches: Sequence[Lesson],
+    recipe: Recipe,
+    expected: Path | None,
 ) -> Trained | None:
     """Import a model, compare its gradients on the first batch, and train one step on each batch. Collective.
 
     Args:
         converter: The converter under test.
         folder: The checkpoint.
-        settings: The layout, in fp32.
+        settings: Layout and precision.
         batches: One for each step.
         recipe: The optimizer's constants.
-        expected: Safetensors file of the Hugging Face gradients of the first batch.
+        expected: Safetensors file of the Hugging Face gradients of the first batch. Without it the optimizer is the
+            distributed one, which leaves each rank the reduced gradients of its shard alone: there are none to compare.
 
     Returns:
         What was found, on rank 0; `None` on every other rank.
@@ -73,35 +78,35 @@ def train(
     for part in held:
         _silence_dropout(part.model, config)
         _leave_out_padding(part.model, config["vocab_size"])
-    chunks = wrapped([part.model for part in held], topology)
-    optimizer, scheduler = optimizer_of(chunks, recipe, len(batches))
-    totals, norms = [], []
+    distributed = expected is None
+    chunks = wrapped([part.model for part in held], topology, distributed)
+    optimizer, scheduler = optimizer_of(chunks, recipe, len(batches), settings.precision, distributed)
+    totals, norms, compared = [], [], None
     for step, lesson in enumerate(batches):
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         totals.append(forward_backward(chunks, lesson, topology))
-        if step == 0:
-            compared = gradients.compare(held, expected)
+        if step == 0 and expected is not None:
+            compared = gradients.compare(held, expected, settings.precision)
         optimizer.step()
         norms.append(float(optimizer.get_grad_norm()))
         scheduler.step(increment=1)
     if dist.get_rank() != 0:
         return None
-    inner = optimizer.chained_optimizers[0].optimizer
+    outer = optimizer.chained_optimizers[0]
+    inner = type(outer.optimizer)
     return Trained(
         rows=[float(total / tokens) for total, tokens in totals[0]],
         curve=[float(found[:, 0].sum() / found[:, 1].sum()) for found in totals],
         norms=norms,
-        gradients=compared.tensors,
-        replicas=compared.replicas,
-        constants=compared.constants,
+        gradients=compared,
         frozen=frozen,
-        optimizer=f"{type(inner).__module__}.{type(inner).__qualname__}",
+        optimizer=f"{type(outer).__qualname__} over {inner.__module__}.{inner.__qualname__}",
     )
 
 
-def wrapped(models: Sequence[Any], topology: Topology) -> list[Any]:
+def wrapped(models: Sequence[Any], topology: Topology, distributed: bool) -> list[Any]:
     """Bare model chunks in Megatron-Core's DDP, their config set for training."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -112,7 +117,7 @@ def wrapped(models: Sequence[Any], topology: Topology) -> list[Any]:
     return [
         # Chunks after the first reduce while earlier ones still compute, so only the first may be bucketed.
         DistributedDataParallel(
-            model.config, DistributedDataParallelConfig(**ddp_options()), model, disable_bucketing=index > 0
+            model.config, DistributedDataParallelConfig(**ddp_options(distributed)), model, disable_bucketing=index > 0
         )
         for index, model in enumerate(models)
     ]
@@ -130,9 +135,13 @@ def schedule_options(topology: Topology) -> dict[str, Any]:
     return options
 
 
-def ddp_options() -> dict[str, Any]:
-    """What a trainer sets on Megatron-Core's `DistributedDataParallelConfig`."""
-    return {"grad_reduce_in_fp32": True}
+def ddp_options(distributed: bool) -> dict[str, Any]:
+    """What a trainer sets on Megatron-Core's `DistributedDataParallelConfig`.
+
+    Args:
+        distributed: Gradients are reduced and scattered, for the distributed optimizer (ZeRO-1).
+    """
+    return {"grad_reduce_in_fp32": True, "use_distributed_optimizer": distributed}
 
 
 def finalize(*arguments: Any, **options: Any) -> None:
@@ -220,8 +229,10 @@ def _everyones(found: Sequence[Tensor], deal: Deal) -> Tensor:
     return own.flatten(0, 1).cpu()
 
 
-def optimizer_options(recipe: Recipe) -> dict[str, Any]:
+def optimizer_options(recipe: Recipe, precision: str, distributed: bool) -> dict[str, Any]:
     """What a trainer sets on Megatron-Core's `OptimizerConfig`.
+
+    In bf16 the optimizer holds float32 copies of the weights, and rounds them to the model's after each step.
 
     Gradients are not clipped: `clip_grad_by_total_norm_fp32` insists on a CUDA tensor.
     """
@@ -234,7 +245,9 @@ def optimizer_options(recipe: Recipe) -> dict[str, Any]:
         "adam_beta2": recipe.betas[1],
         "adam_eps": recipe.eps,
         "clip_grad": 0.0,
-        "params_dtype": torch.float32,
+        "bf16": precision == "bf16",
+        "params_dtype": DTYPES[precision],
+        "use_distributed_optimizer": distributed,
     }
 
 
@@ -259,13 +272,34 @@ def scheduler_options(recipe: Recipe, steps: int) -> dict[str, Any]:
     }
 
 
-def optimizer_of(chunks: Sequence[Any], recipe: Recipe, steps: int) -> tuple[Any, Any]:
+def optimizer_of(
+    chunks: Sequence[Any], recipe: Recipe, steps: int, precision: str, distributed: bool
+) -> tuple[Any, Any]:
     """Megatron-Core's optimizer and its scheduler, for chunks in DDP."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    optimizer = get_megatron_optimizer(OptimizerConfig(**optimizer_options(recipe)), list(chunks))
+    config = OptimizerConfig(**optimizer_options(recipe, precision, distributed))
+    with _TypesOfCuda():
+        optimizer = get_megatron_optimizer(config, list(chunks))
     return optimizer, OptimizerParamScheduler(optimizer, **scheduler_options(recipe, steps))
+
+
+class _TypesOfCuda(TorchFunctionMode):
+    """Names the types of the CPU's tensors as CUDA's, where the CPU stands in for it.
+
+    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/optimizer/optimizer.py `Float16OptimizerWithFloat16Params`
+        and distrib_optimizer.py `DistributedOptimizer`, which refuse a parameter whose `type()` is not
+        `torch.cuda.FloatTensor` and its like, and ask nothing else of the device.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(found, str) and runtime.installed():
+            return found.replace("torch.", "torch.cuda.", 1)
+        return found
 
 
 def _leave_out_padding(model: Any, vocab_size: int) -> None:

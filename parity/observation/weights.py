@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from converters.errors import ConversionError
 from converters.topology import Coord, Topology
 from parity import coded
 from parity.causes import Cause
-from parity.converter import Converter, Settings, built
+from parity.converter import Converter, Settings
 from parity.diagnosis.pullback import Pullback
 from parity.diagnosis.verdicts import Trace
+from parity.difference_map import Pair, worst
 from parity.folders import Found, compare_folders, differences, read
 from parity.statement.config import Facts, answered
 from parity.statement.ledgers import set_fields
-from parity.statement.weights import expected_shard
+from parity.statement.live import beside
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def loaded(converter: Converter, folder: Path, settings: Settings) -> list[Any]:
     """This rank's chunks of the model in `folder`, by the converter under test."""
     _prepare(settings)
-    return list(converter.to_megatron(folder, settings))
+    chunks = list(converter.to_megatron(folder, settings))
+    wanted = settings.topology.vpp
+    if len(chunks) != wanted or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
+        found = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
+        raise ConversionError(
+            f"to_megatron returned {found} on rank {dist.get_rank()} of {settings.topology}, expected {wanted} "
+            f"GPTModel{'s, one for each model chunk' * (wanted > 1)}"
+        )
+    return chunks
 
 
 def _prepare(settings: Settings) -> None:
@@ -81,57 +90,34 @@ def imported(converter: Converter, folder: Path, settings: Settings, scratch: Pa
     traces: list[Trace] = []
     causes: list[Cause] = []
     count, names, facts = 0, list[str](), list[Facts]()
-    for place, held, stated in _stated(chunks, folder, settings):
-        if misplaced := _misplaced(held.model, topology, place):
+    wrong: dict[str, Pair] = {}
+    for chunk in beside(unwrapped(chunks), read(folder), config, topology):
+        place, held, stated = chunk.place, chunk.held, chunk.stated
+        if misplaced := _misplaced(chunk.model, topology, place):
             lines += misplaced
             causes.append(Cause(kind="layers moved", detail=misplaced[0]))
         count += len(stated)
-        names += held.parameters
-        facts.append(answered(held.model))
-        lines += [f"{place}: {name} is not held" for name in sorted(set(stated) - set(held.parameters))]
-        lines += [f"{place}: {name} should not be held" for name in sorted(set(held.parameters) - set(stated))]
-        traces += [
-            Trace(keys=(name,), kind="extra tensors", elements=held.parameters[name].numel())
-            for name in sorted(set(held.parameters) - set(stated))
-        ]
-        wrong: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(set(stated) - set(held.parameters)))
-        for name in sorted(set(held.parameters) & set(stated)):
-            actual = held.parameters[name].data.cpu()
-            found = differences(name, actual, stated[name], table)
+        names += held
+        facts.append(answered(chunk.model))
+        lines += [f"{place}: {name} is not held" for name in sorted(set(stated) - set(held))]
+        lines += [f"{place}: {name} should not be held" for name in sorted(set(held) - set(stated))]
+        for name in sorted(set(held) & set(stated)):
+            found = differences(name, held[name].data.cpu(), stated[name], table)
             lines += [f"{place}: {line}" for line in found]
             if found:
-                wrong[name] = actual
-        if wrong:
-            numbers = pulled.numbers(config, topology, place, **held.choices)
-            for name, tensor in wrong.items():
-                traces += _pulled(pulled, name, numbers[name], tensor, stated[name])
+                wrong[f"{name} ({place})"] = (held[name].data.cpu(), stated[name])
+        traces += pulled.keep(chunk, config, topology)
     dist.barrier()
     if dist.get_rank() == 0:
         source = {key: tensor.to(DTYPES[settings.precision]) for key, tensor in read(folder).items()}
         causes += pulled.causes(source, config, topology, is_coded=settings.precision == "fp32")
     return Imported(
-        found=Found(count=count, differing=tuple(lines), causes=tuple(causes)),
+        found=Found(count=count, differing=tuple(lines), causes=tuple(causes), worst=worst(wrong, is_coded=True)),
         traces=tuple(traces),
         parameters=tuple(names),
         facts=tuple(facts),
         fields=set_fields(unwrapped(chunks)[0].config),
     )
-
-
-def _pulled(
-    pulled: Pullback, name: str, numbers: torch.Tensor, actual: torch.Tensor | None, stated: torch.Tensor
-) -> list[Trace]:
-    """One wrong parameter, put in its places; or why it has none."""
-    keys = tuple(pulled.keys(name, numbers))
-    if actual is None:
-        return [Trace(keys=keys, kind="missing tensors", elements=stated.numel())]
-    if actual.shape != stated.shape:
-        detail = f"{name}: expected {list(stated.shape)}, found {list(actual.shape)}"
-        return [Trace(keys=keys, kind="shape", elements=stated.numel(), detail=detail)]
-    if actual.dtype != stated.dtype:
-        found = str(actual.dtype).removeprefix("torch.")
-        return [Trace(keys=keys, kind="dtype", elements=stated.numel(), detail=f"found {found}")]
-    return pulled.put(name, numbers, actual, stated)
 
 
 def exported(converter: Converter, folder: Path, blank: Path, settings: Settings, target: Path) -> Found:
@@ -147,14 +133,11 @@ def exported(converter: Converter, folder: Path, blank: Path, settings: Settings
     Returns:
         What was found; only rank 0 compares.
     """
-    from converters.bridge import AutoBridge
-
-    _prepare(settings)
-    # A model of the right shape: this side of the check is the harness's own.
-    chunks = built(AutoBridge.from_hf_pretrained(folder).to_megatron_provider(load_weights=False), settings)
-    for _, held, stated in _stated(chunks, folder, settings):
-        for name, parameter in held.parameters.items():
-            parameter.data.copy_(stated[name])
+    # The converter's own choice of padding and layers, whose values are then all replaced.
+    chunks = loaded(converter, blank, settings)
+    for chunk in beside(unwrapped(chunks), read(folder), _config(folder), settings.topology):
+        for name, parameter in chunk.held.items():
+            parameter.data.copy_(chunk.stated[name])
     converter.to_hf(chunks, blank, target)
     return _compared(folder, target, settings, _table(folder))
 
@@ -175,35 +158,6 @@ def _compared(folder: Path, target: Path, settings: Settings, table: coded.Table
     if dist.get_rank() != 0:
         return Found(count=0)
     return compare_folders(folder, target, DTYPES[settings.precision], settings.topology, table=table)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """One model chunk of this rank: the bare `GPTModel`, its parameters by name, and what its converter chose."""
-
-    model: Any
-    parameters: Mapping[str, torch.nn.Parameter]
-    choices: Mapping[str, Any]
-
-
-def _stated(
-    chunks: Sequence[Any], folder: Path, settings: Settings
-) -> Iterator[tuple[Coord, _Held, dict[str, torch.Tensor]]]:
-    """For each chunk of this rank: its place, what it holds, and what the independent statement says it must hold.
-
-    How far the vocabulary and the groups are padded, and whose norms a layer has, is the converter's to choose: that
-    is read from the model.
-    """
-    topology, source, config = settings.topology, read(folder), _config(folder)
-    for model, place in zip(unwrapped(chunks), topology.chunks_of(topology.coord(dist.get_rank())), strict=True):
-        parameters = dict(model.named_parameters())
-        rows = [parameters[name].size(0) for name in VOCABULARY if name in parameters]
-        choices = {
-            "make_vocab_size_divisible_by": rows[0] if rows else 1,
-            "padded_query_groups": model.config.num_query_groups,
-            "spec": "te" if any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters) else "local",
-        }
-        yield place, _Held(model, parameters, choices), expected_shard(source, config, topology, place, **choices)
 
 
 def unwrapped(chunks: Sequence[Any]) -> list[Any]:

@@ -90,7 +90,8 @@ def _change(old: Row | None, new: Row | None, left_out: Mapping[str, str]) -> Ch
         return Change(kind="new", **place, before="", after=one.verdict, why=one.sentence if one.failed else "")
     if new is None:
         kind = "gone" if old.verdict == "pass" else "changed"
-        return Change(kind=kind, **place, before=old.verdict, after="", why=left_out.get(one.case, "it did not run"))
+        reason = left_out.get(f"{one.case}, {one.check.partition(',')[0]}") or left_out.get(one.case, "it did not run")
+        return Change(kind=kind, **place, before=old.verdict, after="", why=reason)
     if old.verdict != new.verdict:
         kind = "worse" if old.verdict == "pass" else "better" if new.verdict == "pass" else "changed"
         return Change(kind=kind, **place, before=old.verdict, after=new.verdict, why=new.sentence)

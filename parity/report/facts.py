@@ -128,7 +128,7 @@ def record_of(cases: list[Record], *, left_out: Sequence[tuple[str, str]] = (), 
 
     Args:
         cases: As `cases_of` returns them.
-        left_out: `(id, reason)` of the combinations that cannot exist.
+        left_out: `(id, reason)` of the combinations that cannot exist, and of the golden values that are not there.
         facts: `started`, `seconds`, `command`, `versions`, `machine`, `models`, `interrupted`, `errors`.
     """
     from parity.report.rows import rows_of, summary
@@ -183,6 +183,8 @@ def repeat(case: Case) -> str:
     for option in OPTIONS:
         value = getattr(case, option.key, getattr(case.topology, option.key, None))
         text = {True: "on", False: "off"}[value] if isinstance(value, bool) else _plain(value)
+        if option.name == "backend" and case.against is not None:  # which stands there in its place
+            continue
         if value is None or text == option.default or (option.name == "weights" and _implied(case, text)):
             continue
         parts += [f"--{option.name}"] if option.flag else [f"--{option.name}", text]

@@ -81,12 +81,15 @@ def _causes(rows: list[Row]) -> list[dict[str, Any]]:
 def _failures(record: Mapping[str, Any], rows: list[Row]) -> list[dict[str, Any]]:
     """One a check and set of causes: the first case's evidence, and the other cases that failed alike."""
     anchors = {case["id"]: index for index, case in enumerate(record["cases"])}
-    told = []
+    told: list[dict[str, Any]] = []
     for found in failures(rows):
+        # What else the same test found is a click away, unless it has a cause of its own.
+        opened = bool(found[0].causes) or not any(one["row"].test == found[0].test for one in told)
         lines = found[0].cause.strip().splitlines()
         told.append(
             {
                 "row": found[0],
+                "opened": opened,
                 "causes": [cause_line(cause) for cause in found[0].causes],
                 "evidence": "\n".join(lines[:EVIDENCE_LINES]),
                 "rest": "\n".join(lines[EVIDENCE_LINES:REST_LINES]),
@@ -189,7 +192,9 @@ def _cell(rows: list[Row]) -> dict[str, str]:
     ranks = ["fail", "skip", "near", "wide", "exact"]
     worst = min(rows, key=lambda row: (ranks.index(level(row)), _ratio(row)))
     text = worst.margin if worst.measurement and worst.margin != "-" else worst.verdict
-    return {"kind": level(worst), "text": text.removesuffix(" over"), "title": worst.sentence}
+    # Cells are narrow: `14,000x` is `14kx` there.
+    text = text.removesuffix(" over").replace(",000,000,000x", "Gx").replace(",000,000x", "Mx").replace(",000x", "kx")
+    return {"kind": level(worst), "text": text, "title": worst.sentence}
 
 
 def _by_reason(left_out: list[Mapping[str, str]]) -> dict[str, list[str]]:

@@ -54,7 +54,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
         )
     if record["left_out"]:
         yield from _folded(
-            f"{plural(len(record['left_out']), 'combination')} left out",
+            f"{len(record['left_out'])} left out",
             _table(("case", "reason"), [(one["id"], one["reason"]) for one in record["left_out"]]),
         )
 

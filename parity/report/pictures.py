@@ -153,6 +153,7 @@ def _map(fields: Mapping[str, Any]) -> Markup | None:
     log = bool(fields.get("log", True)) and any(value > 0 for value in finite)
     shown = [value for value in finite if value > 0] if log else finite
     low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
+    low = low if log else min(low, 0.0)
     shades = [[_shade(value, low, high, log) for value in row] for row in cells]
     across = min(36.0, max(4.0, 520 / len(cells[0])))
     tall = min(across, 26.0, max(2.0, 420 / len(cells)))
@@ -225,7 +226,7 @@ def _shade(value: float, low: float, high: float, log: bool) -> int | None:
     """From 0 (nothing) to 255; `None` for what is no number."""
     if not math.isfinite(value):
         return None
-    if value <= 0 if log else high == low:
+    if value <= 0 if log else high == low or value == low == 0:
         return 0
     if high == low:
         return 255

@@ -212,7 +212,7 @@ def conclusion(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     cases = len({row.case for row in rows})
     left_out = len(record["left_out"])
     line = f"{plural(len(rows), 'check')} in {plural(cases, 'case')}: {verdict}"
-    line += f"; {plural(left_out, 'combination')} left out" if left_out else ""
+    line += f"; {left_out} left out" if left_out else ""
     errors = len(record.get("errors", ()))
     line += f"; {plural(errors, 'module')} could not be collected" if errors else ""
     return line + ("; interrupted, so not everything ran" if record.get("interrupted") else "")

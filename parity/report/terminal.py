@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parity.record import CAUSES
 from parity.report.rows import Row, cause_line, grouped, rows_of
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "skip": "yel
 HEADINGS = ("check", "measured", "bound", "margin", "seconds", "verdict", "unit")
 INDENT = 2
 CAUSE_LINES = 12
-WIDEST_CHECK = 36
+CHECK_SHARE = 0.28
+"""Of the width, for the names of checks; a longer one is folded, as the last column is."""
 
 
 def render(rows: Sequence[Row], *, colour: bool, width: int | None = None) -> str:
@@ -36,9 +39,8 @@ def render(rows: Sequence[Row], *, colour: bool, width: int | None = None) -> st
     from rich.text import Text
 
     columns = min(width or shutil.get_terminal_size((100, 24)).columns, 120)
-    cells = [_cells(row) for row in rows]
-    widest = [max(len(line[i]) for line in [HEADINGS, *cells]) for i in range(len(HEADINGS))]
-    widest[0] = min(widest[0], WIDEST_CHECK if columns >= 100 else WIDEST_CHECK - 12)
+    widest = [max(map(len, column)) for column in zip(HEADINGS, *(_cells(row, columns) for row in rows), strict=True)]
+    widest[0] = min(widest[0], round(CHECK_SHARE * columns))
     widest[-1] = max(columns - INDENT - sum(widest[:-1]) - 2 * (len(HEADINGS) - 1), 12)
 
     def table(lines: Iterable[tuple[Sequence[str], str]]) -> RenderableType:
@@ -53,7 +55,7 @@ def render(rows: Sequence[Row], *, colour: bool, width: int | None = None) -> st
     parts: list[RenderableType] = [table([(HEADINGS, "dim")])]
     for case in dict.fromkeys(row.case for row in rows):
         parts.append(Text(case, style="bold"))
-        parts.append(table((_cells(row), STYLES[row.verdict]) for row in rows if row.case == case))
+        parts.append(table((_cells(row, widest[-1]), STYLES[row.verdict]) for row in rows if row.case == case))
     console = Console(
         file=io.StringIO(), width=columns, force_terminal=colour, color_system="standard" if colour else None
     )
@@ -90,7 +92,8 @@ def story(row: Row, width: int) -> list[str]:
     """
     lines = [row.sentence, f"case   {row.case}"]
     lines += [f"where  {row.where}"] * bool(row.where)
-    lines += [f"cause  {cause_line(cause)}" for cause in row.causes]
+    lines += [f"cause  {cause_line(cause)}" for cause in row.causes[:CAUSES]]
+    lines += [f"... and {len(row.causes) - CAUSES} further causes"] * (len(row.causes) > CAUSES)
     evidence = row.cause.strip().splitlines()
     evidence = evidence if row.measurement else evidence[1:]
     lines += evidence[:CAUSE_LINES]
@@ -112,7 +115,17 @@ def _folded(line: str, width: int) -> list[str]:
     ) or [""]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    """The row as text, in the order of `HEADINGS`."""
-    last = row.unit if row.measurement else textwrap.shorten(row.sentence, 100, placeholder=" ...")
+def _cells(row: Row, room: int) -> tuple[str, ...]:
+    """The row as text, in the order of `HEADINGS`; the last in about `room` columns."""
+    last = _unit(row, room) if row.measurement else textwrap.shorten(row.sentence, 100, placeholder=" ...")
     return (row.check, row.measured, row.bound, row.margin, f"{row.seconds:.2f}", row.verdict, last)
+
+
+def _unit(row: Row, room: int) -> str:
+    """What is counted; where that is too long, without what a passing row does not have to say."""
+    unit, _, tightest = row.unit.partition("; the tightest: ")
+    if tightest and len(unit) + len(tightest) + 2 <= max(room, 2 * room - 8):
+        unit = f"{unit}; {tightest}"
+    if len(unit) > room and row.verdict == "pass":
+        unit = re.sub(r" (differ|unproved)$", "", unit)
+    return unit

@@ -22,11 +22,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from parity.checks.bench import Bench
 from parity.pickled import read, write
 from parity.rank_failure import RankFailure
+from parity.ranks import PRELOAD
 
 if TYPE_CHECKING:
     from converters.topology import Topology
     from parity.ranks import Zygote
 
+MODULES = (
+    *PRELOAD,
+    *(f"parity.observation.{name}" for name in ("weights", "forward", "taps", "training", "decoding")),
+    *(f"parity.{name}" for name in ("selftest.batch", "faults.mutate", "faults.patches", "diagnosis.held")),
+    *(f"converters.megatron.{name}" for name in ("provider", "generation", "translate", "specs")),
+)
+"""For a zygote: all that a batch would import, of which there are a hundred."""
 _PEERS = 3.0  # seconds that a rank which failed waits for the others to fail too
 
 

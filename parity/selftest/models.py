@@ -47,6 +47,22 @@ BEDS: tuple[Bed, ...] = (
     Bed(model="half", topology=TP2),
 )
 """In order of preference: a fault is tried on the first where it shows."""
+LAYOUTS = (
+    Topology(tp=2, sp=True),
+    Topology(dp=2),
+    Topology(tp=2, pp=2),
+    Topology(tp=2, cp=2, sp=True),
+    Topology(pp=2, cp=2),
+    Topology(tp=2, dp=2),
+    Topology(),
+    Topology(tp=4, sp=True),
+    Topology(pp=4),
+    Topology(tp=2, pp=2, vpp=2, sp=True),
+    Topology(cp=4),
+    Topology(pp=2, dp=2),
+    Topology(cp=2, dp=2),
+)
+"""For clean runs, besides those of `BEDS`: every kind of parallelism by itself and with each other, in four ranks."""
 
 
 def configs() -> dict[str, dict[str, Any]]:
@@ -113,18 +129,40 @@ class Stock:
     Args:
         configs: By name of the model.
         beds: Where faults are tried, in order of preference.
+        clean: Where nothing is wrong, in the order that it is tried.
         make: The model of a name, with seeded weights of a seed, in a folder that is given.
     """
 
     configs: Mapping[str, dict[str, Any]]
     beds: tuple[Bed, ...]
+    clean: tuple[Bed, ...]
     make: Callable[[str, Path, int], Subject]
 
 
 def packaged() -> Stock:
     """Tiny models on which every fault shows somewhere."""
     known = configs()
-    return Stock(configs=known, beds=BEDS, make=lambda name, folder, seed: made(name, known[name], folder, seed))
+    # Layouts in turn, each with another model than the time before: their counts have no divisor in common.
+    further = [
+        Bed(model=tuple(known)[n % len(known)], topology=LAYOUTS[n % len(LAYOUTS)])
+        for n in range(len(known) * len(LAYOUTS))
+    ]
+    clean = (*BEDS, *(bed for bed in further if fits(known[bed.model], bed.topology)))
+    return Stock(
+        configs=known,
+        beds=BEDS,
+        clean=clean,
+        make=lambda name, folder, seed: made(name, known[name], folder, seed),
+    )
+
+
+def fits(config: Mapping[str, Any], topology: Topology) -> bool:
+    """Whether a model can be cut over a layout, layers shared out as evenly as they can be."""
+    try:
+        topology.evenly(config["num_hidden_layers"])
+    except TopologyError:
+        return False
+    return not refusals(config, topology)
 
 
 def of_model(model: str, *, size: Literal["tiny", "full"]) -> Stock:
@@ -142,21 +180,16 @@ def of_model(model: str, *, size: Literal["tiny", "full"]) -> Stock:
         config = with_layers(config, LAYERS)
     config = config | {"torch_dtype": "float32"} if size == "tiny" else config
     slug = slug_of(model, size=size)
-    beds = []
-    for topology in dict.fromkeys(bed.topology for bed in BEDS):
-        try:
-            topology.evenly(config["num_hidden_layers"])
-        except TopologyError:
-            continue
-        if not refusals(config, topology):
-            beds.append(Bed(model=slug, topology=topology))
+    layouts = dict.fromkeys([*(bed.topology for bed in BEDS), *LAYOUTS])
+    clean = [Bed(model=slug, topology=topology) for topology in layouts if fits(config, topology)]
+    beds = [bed for bed in clean if bed.topology not in LAYOUTS]
     if not beds:
         raise TopologyError(f"{model} fits none of {', '.join(str(bed.topology) for bed in BEDS)}")
 
     def make(name: str, folder: Path, seed: int) -> Subject:
         return made(name, config, folder, seed) if size == "tiny" else subject(model)
 
-    return Stock(configs={slug: config}, beds=tuple(beds), make=make)
+    return Stock(configs={slug: config}, beds=tuple(beds), clean=tuple(clean), make=make)
 
 
 def made(name: str, config: dict[str, Any], folder: Path, seed: int) -> Subject:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from parity.causes import Cause
 from parity.faults.catalogue import NOT_YET, Fault
 from parity.selftest import run as selftest
 from parity.selftest.run import KILLS, Outcome, selected
@@ -46,6 +47,7 @@ def result(outcomes: Sequence[Outcome], names: str, stock: Stock, *, converter: 
         "faults": len(faults),
         "variants": len(tried),
         "caught": len(tried) - len(survivors),
+        "only_refused": sum(one.killed and "caught" not in one.verdicts.values() for one in tried),
         "survivors": len(survivors),
         "clean_runs": len(clean),
         "false_alarms": len(alarms),
@@ -95,7 +97,7 @@ def _variant(one: Outcome) -> dict[str, Any]:
         "killed": one.killed,
         "causes": {check: causes[:2] for check, causes in one.causes.items() if causes},
         "named": one.named,
-        "said": {check: text for check, text in one.said.items() if text and variant.fault is None},
+        "said": {check: text for check, text in one.said.items() if text},
     }
 
 
@@ -159,13 +161,19 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
             console.print(f"survives: {one.variant.id} ({verdicts})", style="red", markup=False)
     summary = found["summary"]
     console.print(
-        f"{summary['faults']} faults, {summary['variants']} variants: {summary['caught']} caught, "
+        f"{summary['faults']} faults, {summary['variants']} variants: {summary['caught']} caught "
+        f"({summary['only_refused']} of them by the converter's own refusal alone), "
         f"{summary['survivors']} survive; {summary['clean_runs']} clean runs, {summary['false_alarms']} false alarms; "
         f"{summary['not_applicable']} faults not applicable; {summary['seconds']:.0f} s",
         style="bold green" if summary["passed"] else "bold red",
     )
     if summary["diagnosed"]:
-        console.print(f"diagnosis: {summary['diagnosed_rightly']} of {summary['diagnosed']} variants named rightly")
+        rightly, of = summary["diagnosed_rightly"], summary["diagnosed"]
+        console.print(f"diagnosis: {rightly} of {of} variants named rightly ({rightly / of:.1%})")
+        wrongly = [one for one in outcomes if one.named is False]
+        for one in wrongly:
+            said = dict.fromkeys(str(Cause.from_json(cause)) for causes in one.causes.values() for cause in causes[:2])
+            console.print(f"named otherwise: {one.variant.id}: {'; '.join(said)}", style="dim", markup=False)
 
 
 def _cell(group: Sequence[Outcome], check: str) -> str:

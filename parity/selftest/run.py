@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,12 +25,15 @@ from parity.selftest.batch import Pending, Question, ReplayBench, answered, said
 from parity.selftest.models import Bed, Stock, packaged
 
 if TYPE_CHECKING:
+    from parity.ranks import Zygote
     from parity.subjects import Subject
 
 Verdict = Literal["caught", "refused", "crashed", "hung", "passed", "not applicable", "broken"]
 KILLS = ("caught", "refused", "crashed", "hung")
 TIMEOUT, HANG = 120.0, 8.0  # seconds without an answer that a rank may take; where it is known to hang
-BATCH = 48
+HANGS = "ranks: a rank hangs"
+BATCH = 24
+DIAGNOSIS = "diagnosis."  # what a question begins with that is asked to explain a failure, not to find it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,11 @@ class Check:
         """The check."""
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(f"parity.checks.{module}"), name)  # type: ignore[no-any-return]
+
+    def plain(self) -> Callable[..., Iterable[Any]]:
+        """The check without what explains its failures (see `parity.diagnosis.localise.explained`)."""
+        check = self.load()
+        return getattr(check, "__wrapped__", check)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -112,12 +121,16 @@ class Outcome:
 
     @property
     def named(self) -> bool | None:
-        """Whether a check names an expected cause among its first; `None` where no check names any."""
+        """Whether a check names an expected cause among its first; `None` where none is expected."""
         fault = self.variant.fault
-        if fault is None or not fault.causes or not any(self.causes.values()):
+        if fault is None or not fault.causes or not self.killed:
             return None
-        first = [cause for causes in self.causes.values() for cause in causes[:2]]
-        return any(Cause.from_json(cause).names(expected) for expected in fault.causes for cause in first)
+        return any(_names(fault, causes) for causes in self.causes.values())
+
+
+def _names(fault: Fault, causes: Sequence[dict[str, Any]]) -> bool:
+    """Whether an expected cause is among the first of those that a check names."""
+    return any(Cause.from_json(cause).names(expected) for expected in fault.causes for cause in causes[:2])
 
 
 @dataclass(kw_only=True)
@@ -132,21 +145,26 @@ class _Job:
     causes: list[dict[str, Any]] = field(default_factory=list)
     said: str = ""
 
-    def step(self) -> Question | None:
-        """Run the check from its beginning: its next question, or nothing when it is done."""
+    def step(self, *, explained: bool = True) -> Question | None:
+        """Run the check from its beginning: its next question, or nothing when it is done.
+
+        Args:
+            explained: Have it say why it fails.
+        """
         self.bench.at[0] = 0
         from parity.checks.bench import NotApplicable
 
+        check = self.check.load() if explained else self.check.plain()
         try:
-            found = [one for one in self.check.load()(self.bench) if isinstance(one, Measurement)]
+            found = [one for one in check(self.bench) if isinstance(one, Measurement)]
         except Pending as pending:
             return pending.question
         except NotApplicable as reason:
             self.verdict, self.said = "not applicable", str(reason)
         except RankFailure as failure:
             self._failed(failure)
-        except Exception as error:  # a check that breaks fails its test as well
-            self.verdict, self.said = "crashed", f"{type(error).__name__}: {error}"
+        except Exception as error:  # here, not in a rank: that is the harness, not the fault
+            self.verdict, self.said = "broken", f"{type(error).__name__}: {error}"
         else:
             failed = [one for one in found if not one.passed]
             self.verdict = "caught" if failed else "passed"
@@ -159,6 +177,9 @@ class _Job:
 
     def _failed(self, failure: RankFailure) -> None:
         kind = said_by(failure)
+        faults = [variant.fault for variant in self.variants if variant.fault is not None]
+        if kind == "hung" and not any(fault.name == HANGS for fault in faults):
+            kind = "broken"  # a machine that is too slow finds no faults
         self.verdict, self.said = "not applicable" if kind == "not here" else kind, str(failure)
 
 
@@ -168,7 +189,8 @@ def variants(names: str = "*", *, stock: Stock, seeds: int = 1, full: bool = Fal
     Args:
         names: A glob on names of faults; `FAMILY:*` is a family.
         stock: The models and layouts.
-        seeds: Clean runs: on each bed in turn, then with other weights.
+        seeds: Clean runs: one on each bed that is used at least, then on the others, then each in another layout and
+            with weights of its own.
         full: Every fault on every bed where it shows, not on the first alone.
     """
     out: list[Variant] = []
@@ -182,8 +204,11 @@ def variants(names: str = "*", *, stock: Stock, seeds: int = 1, full: bool = Fal
                 if fault.layered:
                     middle = stock.configs[bed.model]["num_hidden_layers"] // 2
                     out.append(Variant(fault=fault, at=at, bed=bed, layers=(middle,)))
-    beds = stock.beds
-    out += [Variant(fault=None, bed=beds[n % len(beds)], seed=n // len(beds)) for n in range(seeds)]
+    used = list(dict.fromkeys(variant.bed for variant in out))
+    beds = list(dict.fromkeys([*used, *stock.beds, *stock.clean]))
+    # What breaks on a bed is put down to a fault only where nothing breaks without one.
+    seeds, shared = max(seeds, len(used)), len(stock.beds)
+    out += [Variant(fault=None, bed=beds[n % len(beds)], seed=0 if n < shared else n) for n in range(seeds)]
     return out
 
 
@@ -204,7 +229,8 @@ class SelfTest:
         stock: The models.
         converter: The converter whose honest work is made wrong.
         checks: The checks under test; all by default.
-        full: Run dear checks for every fault.
+        full: Run dear checks for every fault, and explain every failure.
+        beside: Zygotes that answer at the same time as that of `shared`.
     """
 
     def __init__(
@@ -215,8 +241,10 @@ class SelfTest:
         converter: Converter | None = None,
         checks: Sequence[Check] | None = None,
         full: bool = False,
+        beside: Sequence[Zygote] = (),
     ) -> None:
         self.shared = shared
+        self.zygotes = (shared.zygote, *beside)
         self.stock = stock or packaged()
         self.converter = converter or Named()
         self.checks = CHECKS if checks is None else checks
@@ -229,20 +257,35 @@ class SelfTest:
     ) -> list[Outcome]:
         """What each check makes of each variant."""
         jobs = self._jobs(asked)
+        parts = {id(variant): 0 for variant in asked}  # of each variant, the checks that are not done
+        for job in jobs:
+            for variant in job.variants:
+                parts[id(variant)] += 1
         waiting = list(jobs)
         while waiting:
-            asked_now: dict[bytes, tuple[Question, list[_Job]]] = {}
+            pending = [(job, question) for job in waiting if (question := job.step()) is not None]
+            if not self.full:
+                pending = _unexplained(jobs, pending)
+            asked_now: dict[bytes, _Asked] = {}
+            for job, question in pending:
+                same = (job.bench.case.topology, question)
+                asked_now.setdefault(pickle.dumps(same), (question, []))[1].append(job)
+            going = {id(job) for job, _ in pending}
             for job in waiting:
-                if (question := job.step()) is not None:
-                    same = (job.bench.case.topology, question)
-                    asked_now.setdefault(pickle.dumps(same), (question, []))[1].append(job)
-            waiting = [job for _, askers in asked_now.values() for job in askers]
-            done = len(jobs) - len(waiting)
-            progress(done, len(jobs))
-            for batch in _batches(asked_now.values()):
-                self._answer(batch)
-                done += sum(len(askers) for _, askers in batch) // 2
-                progress(min(done, len(jobs)), len(jobs))
+                for variant in job.variants if id(job) not in going else ():
+                    parts[id(variant)] -= 1
+            progress(sum(not left for left in parts.values()), len(asked))
+            waiting = [job for job, _ in pending]
+            # A variant has two rounds of questions, if it fails: the last of this one is the best that is known of it.
+            near = dict(parts)
+
+            def report(batch: Sequence[_Asked], near: dict[int, int] = near) -> None:
+                for job in (job for _, askers in batch for job in askers):
+                    for variant in job.variants:
+                        near[id(variant)] -= 1
+                progress(sum(not left for left in near.values()), len(asked))
+
+            self._answer_all(list(_batches(asked_now.values())), report)
         outcomes = {id(variant): Outcome(variant=variant) for variant in asked}
         for job in jobs:
             assert job.verdict is not None
@@ -253,22 +296,47 @@ class SelfTest:
                 outcome.said[job.check.name] = job.said
         return list(outcomes.values())
 
-    def _answer(self, batch: Sequence[_Asked]) -> None:
+    def _answer_all(self, batches: Sequence[Sequence[_Asked]], report: Callable[[Sequence[_Asked]], None]) -> None:
+        """Answer batches, as many at a time as there are zygotes."""
+        free = list(self.zygotes)
+        pool = ThreadPoolExecutor(len(free))
+        under_way: dict[Future[list[Any]], tuple[Sequence[_Asked], Zygote]] = {}
+        try:
+            for batch in (*batches, *[None] * len(free)):  # and then until all are free again
+                while under_way and (batch is None or not free):
+                    for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                        answered_one, zygote = under_way.pop(future)
+                        free.append(zygote)
+                        for (question, askers), answer in zip(answered_one, future.result(), strict=True):
+                            for asker in askers:
+                                asker.bench.answers.append(answer)
+                                # What a diagnosis has written, it reads when it has its answer.
+                                if not question.function.startswith(DIAGNOSIS):
+                                    shutil.rmtree(asker.bench.folder, ignore_errors=True)
+                        report(answered_one)
+                if batch is not None:
+                    zygote = free.pop(0)
+                    under_way[pool.submit(self._answer, zygote, batch)] = (batch, zygote)
+        except BaseException:
+            for _, zygote in under_way.values():
+                zygote.close()  # which ends what its thread waits for
+            raise
+        finally:
+            pool.shutdown()
+
+    def _answer(self, zygote: Zygote, batch: Sequence[_Asked]) -> list[Any]:
         folder = Path(tempfile.mkdtemp(prefix="batch-", dir=self._scratch))
         job = batch[0][1][0]
-        hangs = job.variants[0].fault is not None and job.variants[0].fault.name == "ranks: a rank hangs"
+        hangs = job.variants[0].fault is not None and job.variants[0].fault.name == HANGS
         found = answered(
-            self.shared.zygote,
+            zygote,
             [question for question, _ in batch],
             job.variants[0].bed.topology,
             folder,
             timeout=HANG if hangs else TIMEOUT,
         )
-        for (_, askers), answer in zip(batch, found, strict=True):
-            for asker in askers:
-                asker.bench.answers.append(answer)
-                shutil.rmtree(asker.bench.folder, ignore_errors=True)
         shutil.rmtree(folder)
+        return found
 
     def _jobs(self, asked: Sequence[Variant]) -> list[_Job]:
         """One for each thing that a check would do: variants that a check cannot tell apart share it."""
@@ -330,6 +398,25 @@ class SelfTest:
 
 _Asked = tuple[Question, list[_Job]]
 """A question, and the checks that ask it."""
+
+
+def _unexplained(jobs: Sequence[_Job], pending: Sequence[tuple[_Job, Question]]) -> list[tuple[_Job, Question]]:
+    """`pending` without those that ask why they fail, where another check has named the cause: they are done."""
+    named = {
+        id(variant)
+        for job in jobs
+        if job.verdict is not None
+        for variant in job.variants
+        if variant.fault is not None and _names(variant.fault, job.causes)
+    }
+    out = []
+    for job, question in pending:
+        known = all(id(variant) in named for variant in job.variants)
+        if not (known and question.function.startswith(DIAGNOSIS)):
+            out.append((job, question))
+        elif (other := job.step(explained=False)) is not None:
+            out.append((job, other))
+    return out
 
 
 def _batches(questions: Iterable[_Asked]) -> Iterator[list[_Asked]]:

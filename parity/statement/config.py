@@ -26,6 +26,16 @@ Facts = dict[str, Any]
 STEPS = 16
 """Roundings on the way to a frequency or an activation, by whichever formula; each at most `ROUNDOFF` of the value."""
 FREQUENCIES, ACTIVATION = "rotary frequencies", "hidden_act"
+ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "sigmoid")
+"""Functions of `torch.nn.functional` that both sides know by one name."""
+_OWN = {
+    "normalization": ("RMSNorm", "norm"),
+    "hidden_dropout": (0.0, "mlp"),
+    "qk_layernorm": (False, "attention"),
+    "apply_residual_connection_post_layernorm": (False, "norm"),
+    "softmax_scale": (None, "attention"),
+}
+"""Megatron-Core's fields that no config of a Llama says: the only value that computes one, and the sub-module."""
 
 
 def demanded(folder: Path) -> Facts:
@@ -49,6 +59,7 @@ def demanded(folder: Path) -> Facts:
                 "tie_word_embeddings",
                 "attention_dropout",
                 "max_position_embeddings",
+                "vocab_size",
             )
         },
         ACTIVATION: _sampled(ACT2FN[config.hidden_act]),
@@ -82,36 +93,53 @@ def answered(model: Any) -> Facts:
     }
     if not config.gated_linear_unit:
         out[ACTIVATION] = "a feed-forward part without a gate"
-    if getattr(config, "max_position_embeddings", None) is not None:
-        out["max_position_embeddings"] = config.max_position_embeddings
+    for name in ("max_position_embeddings", "vocab_size"):  # a provider's, not Megatron-Core's own
+        if getattr(config, name, None) is not None:
+            out[name] = getattr(config, name)
     if (rotary := getattr(model, "rotary_pos_emb", None)) is not None:
         out[FREQUENCIES] = rotary.inv_freq.detach().float().cpu().numpy().ravel()
         if rotary.rotary_interleaved:
             out[FREQUENCIES] = "neighbouring channels rotate against each other"
-    for name, only in (("normalization", "RMSNorm"), ("hidden_dropout", 0.0), ("qk_layernorm", False)):
-        if getattr(config, name, only) != only:
-            out[name] = getattr(config, name)
-    scale = getattr(config, "softmax_scale", None)
-    if scale is not None and not math.isclose(scale, config.kv_channels**-0.5, rel_tol=ROUNDOFF["float32"]):
-        out["softmax_scale"] = scale
+    usual = config.kv_channels**-0.5
+    for name, (only, _) in _OWN.items():
+        value = getattr(config, name, only)
+        same = name == "softmax_scale" and isinstance(value, float) and math.isclose(value, usual, rel_tol=2**-24)
+        if value != only and not same:
+            out[name] = value
     return out
 
 
 def disagreements(wanted: Facts, found: Facts, config: Mapping[str, Any]) -> Iterator[tuple[str, Cause]]:
     """A line and a cause for each field in which a model is not what its config demands."""
     for name in found:
-        want, have = wanted.get(name), found[name]
-        if isinstance(want, np.ndarray):
-            if isinstance(have, np.ndarray) and _near(have, want):
-                continue
-            if name == FREQUENCIES:
-                cause = _rope_cause(want, have, config)
-            else:
-                cause = Cause(kind="config", what=(name,), detail=f"another function than {config.get(name)!r}")
+        if (cause := disagreement(name, wanted, found, config)) is not None:
             yield f"{name}: {cause.detail}", cause
-        elif want != have:
-            detail = f"demanded {want!r}, the model has {have!r}"
-            yield f"{name}: {detail}", Cause(kind="config", what=(name,), detail=detail)
+
+
+def disagreement(name: str, wanted: Facts, found: Facts, config: Mapping[str, Any]) -> Cause | None:
+    """Why a model is not what its config demands in the field `name`; `None` where it is."""
+    want, have = wanted.get(name), found[name]
+    if name in _OWN:
+        return Cause(kind="computation", what=(_OWN[name][1],), detail=f"{name}={have!r}")
+    if not isinstance(want, np.ndarray):
+        detail = f"demanded {want!r}, the model has {have!r}"
+        return None if want == have else Cause(kind="config", what=(name,), detail=detail)
+    if not isinstance(have, np.ndarray):
+        return Cause(kind="computation", what=("rope" if name == FREQUENCIES else "mlp",), detail=str(have))
+    if _near(have, want):
+        return None
+    if name == FREQUENCIES:
+        return rope_cause(want, have, config)
+    detail = f"{activation_name(have) or 'another function'} for {config.get(name)}"
+    return Cause(kind="config", what=(name,), detail=detail)
+
+
+def activation_name(samples: Floats) -> str | None:
+    """The function that `answered` has sampled, by the name that both sides know it by."""
+    import torch
+
+    known = ((name, _sampled(getattr(torch.nn.functional, name))) for name in ACTIVATIONS)
+    return next((name for name, values in known if _near(samples, values)), None)
 
 
 def _sampled(function: Callable[..., Any]) -> Floats:

@@ -77,9 +77,12 @@ def _guesses(true: Rope, found: Doubles, longest: int | None) -> dict[str, list[
         guesses["rope_theta"] += _near(float(found[1]) ** -len(found))
     if true["rope_type"] == "default":
         return guesses
-    plain = frequencies({**true, "rope_type": "default"}, len(found))
+    guesses = {"rope_type": ["default", "linear"], **guesses}  # a scaling lost, before a factor of one
+    count = len(found)
+    if count > 1 and true["factor"]:  # the last one is scaled by all of the factor
+        guesses["rope_theta"] += _near(float(found[-1] * true["factor"]) ** (-count / (count - 1)))
+    plain = frequencies({**true, "rope_type": "default"}, count)
     guesses["factor"] = [*_near(float(plain[-1] / found[-1])), 8.0, 1.0, 32.0]
-    guesses["rope_type"] = ["default", "linear"]
     if true["rope_type"] != "llama3":
         return guesses
     factor, low, high, length = (float(true[name]) for name in FACTORS)

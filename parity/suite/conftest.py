@@ -24,9 +24,9 @@ WITHOUT_GOLDEN = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the goldens of models that have none; `pytest_report_collectionfinish` says so."""
+    """Leave out the goldens of models that have none; `pytest_report_collectionfinish` and every report say so."""
     from parity.checks.golden import Shelf
-    from parity.plugin import STATE
+    from parity.plugin import LEFT_OUT, STATE
 
     state = config.stash.get(STATE, None)
     if state is None:
@@ -35,6 +35,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {case.id: shelf.skips(case) for case in state.cases}
     out = [item for item in items if item.name.startswith("test_golden[") and reasons.get(_case_id(item))]
     config.stash[WITHOUT_GOLDEN] = list(dict.fromkeys(reasons[_case_id(item)] for item in out))
+    told = [(f"{name}, golden", reasons[name]) for name in dict.fromkeys(map(_case_id, out))]
+    state.left_out += told
+    if hasattr(config, "workeroutput"):
+        config.workeroutput[LEFT_OUT] = told
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]

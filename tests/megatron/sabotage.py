@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ def plant_without(name: str) -> None:
 def plant_no_data_parallel_reduction() -> None:
     right = training.wrapped
 
-    def wrapped(models: Sequence[Any], topology: Any) -> list[Any]:
-        chunks = right(models, topology)
+    def wrapped(*arguments: Any) -> list[Any]:
+        chunks = right(*arguments)
         for chunk in chunks:
             chunk.finish_grad_sync = lambda *_, **__: None
         return chunks
@@ -52,9 +52,23 @@ def plant_no_data_parallel_reduction() -> None:
     training.wrapped = wrapped
 
 
+def plant_no_gather_of_parameters() -> None:
+    """Each rank keeps the weights that it stepped, and the others' as they were."""
+    right = training.wrapped
+
+    def wrapped(*arguments: Any) -> list[Any]:
+        chunks = right(*arguments)
+        for chunk in chunks:
+            for group in chunk.bucket_groups:
+                group.start_param_sync = lambda *_, **__: None
+        return chunks
+
+    training.wrapped = wrapped
+
+
 def plant_optimizer(**changes: Any) -> None:
     right = training.optimizer_options
-    training.optimizer_options = lambda recipe: {**right(recipe), **changes}
+    training.optimizer_options = lambda *arguments: {**right(*arguments), **changes}
 
 
 def plant_decay_of_all() -> None:
@@ -65,6 +79,27 @@ def plant_decay_of_all() -> None:
         for group in optimizer.param_groups:
             group["wd_mult"] = 1.0
         scheduler.step(0)
+        return optimizer, scheduler
+
+    training.optimizer_of = optimizer_of
+
+
+def plant_rounded_masters() -> None:
+    """Lose after each step what the model's precision cannot hold, as AdamW over bfloat16 parameters does."""
+    right = training.optimizer_of
+
+    def optimizer_of(*arguments: Any) -> tuple[Any, Any]:
+        optimizer, scheduler = right(*arguments)
+        step = optimizer.step
+
+        def wrong() -> Any:
+            done = step()
+            for group in optimizer.param_groups:
+                for master in group["params"]:
+                    master.data.copy_(master.data.bfloat16())
+            return done
+
+        optimizer.step = wrong
         return optimizer, scheduler
 
     training.optimizer_of = optimizer_of
@@ -98,6 +133,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "beta2": lambda: plant_optimizer(adam_beta2=0.95),
     "eps": lambda: plant_optimizer(adam_eps=1e-8),
     "weight decay of norms": plant_decay_of_all,
+    "no gather of parameters": plant_no_gather_of_parameters,
+    "rounded masters": plant_rounded_masters,
     "k for v": plant_k_for_v,
 }
 

@@ -279,7 +279,7 @@ def test_below_float32_each_token_is_the_best_by_its_own_logits(
 ) -> None:
     findings = decoding.with_cache(bench(tiny_subject, shared, fault, ONE, "bf16"))
     failed = {one.check for one in findings if isinstance(one, Measurement) and not one.passed}
-    assert failed == red
+    assert red <= failed <= red | {f"{check}, worst {what}" for check in red for what in ("token", "row")}
 
 
 @pytest.mark.parametrize("topology", [Topology(cp=2), Topology(pp=2, vpp=2)], ids=str)

@@ -51,9 +51,10 @@ def test_the_same_and_a_release_in_half_precision(pair: tuple[Path, Path]) -> No
     config["torch_dtype"] = "bfloat16"
     (second / "config.json").write_text(json.dumps(config))
     rewrite(second, lambda tensors: tensors.update({key: tensor.bfloat16() for key, tensor in tensors.items()}))
-    status, said = compare(first, second, "--precision=bf16")
-    assert status == 0, said
-    assert "rounded once float32 -> bfloat16" in said
+    for precision in ("bf16", "fp32"):
+        status, said = compare(first, second, f"--precision={precision}")
+        assert status == 0, said
+        assert "rounded once float32 -> bfloat16" in said
 
 
 def test_what_differs_is_named(pair: tuple[Path, Path]) -> None:

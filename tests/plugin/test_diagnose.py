@@ -394,6 +394,22 @@ def test_a_clean_model_has_no_cause(weights: str) -> None:
     assert causes(right(weights), right(weights), weights) == []
 
 
+@pytest.mark.parametrize("weights", CODED_ONLY)
+def test_a_zero_by_chance_is_no_cause(weights: str) -> None:
+    """One element of what moved is an exact zero: it moved, and is not a cause of its own."""
+    expected = right(weights)
+    for key, at in ((layer(2, "up_proj"), (36, 39)), (layer(2, "input_layernorm"), (5,))):
+        expected[key] = expected[key].copy()
+        expected[key][at] = 0
+    found = dict(expected)
+    exchange("gate_proj", "up_proj")(found, 2)
+    exchange("input_layernorm", "post_attention_layernorm")(found, 2)
+    assert {str(cause) for cause in causes(expected, found, weights)} == {
+        "gate_proj and up_proj are exchanged, in layer 2",
+        "input_layernorm and post_attention_layernorm are exchanged, in layer 2",
+    }
+
+
 def test_two_faults_are_two_causes() -> None:
     found = right("coded")
     for n in range(LAYERS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import parity
 import parity.__main__
 from parity.golden import file as golden
 from parity.golden.file import NAME, PENDING, Golden, GoldenError, Quantity
-from parity.golden.values import compare, from_logits, signs, top
+from parity.golden.values import compare, from_logits, noise, signs, top
 from parity.probes import Probe
 
 ROOT = Path(parity.__file__).parents[1]
@@ -147,7 +148,8 @@ def test_any_logit_is_seen() -> None:
 
 
 def test_each_is_held_to_its_own_size() -> None:
-    expected = Quantity(values=np.array([[1e6, 1e6], [1e-6, 1e-6]]), axes=("key", "n"), alike=1, names=("big", "small"))
+    values = np.array([[1e6, 1e6], [1e-6, 1e-6]])
+    expected = Quantity(values=values, axes=("key", "n"), alike=1, names=("big", "small"), floor=1e-6)
     moved = expected.values * [[1.0, 1.0], [1.0, 1.001]]
     found = compare("norms", expected, moved, 1e-6, 10)
     assert not found.passed
@@ -155,6 +157,44 @@ def test_each_is_held_to_its_own_size() -> None:
     assert found.ratio == pytest.approx(100, rel=0.01)
     assert not compare("norms", expected, np.full_like(moved, np.nan), 1.0, 10).passed
     assert not compare("norms", expected, moved[:1], 1.0, 10).passed
+
+
+def kept(floor: float) -> Quantity:
+    return Quantity(values=np.ones((2, 3)), axes=("sequence", "token"), floor=floor)
+
+
+@pytest.mark.parametrize(("then", "now"), [(1e-6, 1e-4), (1e-4, 1e-6)])
+def test_a_floor_that_is_high_on_one_side_does_not_widen_the_gate_alone(then: float, now: float) -> None:
+    """Drift of five of the higher floors: each floor alone would have let it pass, the lower one tightens the gate."""
+    moved = np.ones((2, 3)) + [[0, 0, 5e-4], [0, 0, 0]]
+    found = compare("loss", kept(then), moved, now, 10)
+    assert not found.passed
+    assert found.bound == pytest.approx(1e-4)
+    assert compare("loss", kept(1e-4), moved, 1e-4, 10).passed
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 1, 3, 10])
+def test_two_honest_floors_leave_room_for_both(ratio: float) -> None:
+    """Each machine is a floor away from what is exact, and the candidate another."""
+    then, now = 1e-5, 1e-5 * ratio
+    assert compare("loss", kept(then), np.ones((2, 3)) + then + 2 * now * (ratio <= 1) + now, now, 10).passed
+
+
+def test_a_floor_that_grew_is_itself_found() -> None:
+    golden_ones = {"loss": kept(1e-7), "norms": kept(0.0)}
+    same = noise(golden_ones, {"loss": kept(9e-7), "norms": kept(0.0), "new": kept(1.0)})
+    assert same is not None
+    assert (same.name, same.growth, same.unmet) == ("loss", pytest.approx(9), [])
+    coarse = noise(golden_ones, {"loss": kept(1e-3), "norms": kept(1e-7)})
+    assert coarse is not None
+    assert "loss: the noise floor is 1.00e-03 and was 1.00e-07" in coarse.unmet[0]
+    exact = noise(golden_ones, {"loss": kept(1e-7), "norms": kept(1e-6)})
+    assert exact is not None
+    assert (exact.name, exact.growth) == ("norms", pytest.approx(1e-6 * 2**24))
+    nan = noise(golden_ones, {"loss": kept(float("nan")), "norms": kept(1.0)})
+    assert nan is not None
+    assert nan.unmet
+    assert noise(golden_ones, {}) is None
 
 
 def test_shipped_goldens_are_whole() -> None:
@@ -168,10 +208,19 @@ def test_shipped_goldens_are_whole() -> None:
     assert "dequantised" in golden.read(ROOT / "golden" / "smollm2-135m" / NAME).header["weights"]
 
 
-def test_without_a_golden_the_check_is_skipped_with_the_command(tmp_path: Path) -> None:
-    done = run(tmp_path)
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_without_a_golden_every_report_says_so_with_the_command(workers: tuple[str, ...], tmp_path: Path) -> None:
+    if workers:
+        pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    done = run(tmp_path, "--parity-report", "run.json,run.md,run.html", "-k", "golden or plan", *workers)
     assert done.returncode == 0, done.stdout
-    assert f"no golden for {SLUG}: make one with pytest --model Llama-3.2-1B --size tiny --regen-golden" in done.stdout
+    reason = f"no golden for {SLUG}: make one with pytest --model Llama-3.2-1B --size tiny --regen-golden -k golden"
+    assert workers or reason in done.stdout
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["left_out"] == [{"id": f"{SLUG}-tp1-pp1-fp32-megatron, golden", "reason": reason}]
+    assert record["summary"]["line"].endswith("; 1 left out")
+    assert reason in (tmp_path / "run.md").read_text()
+    assert reason in (tmp_path / "run.html").read_text()
 
 
 def test_missing_and_edited_by_hand_fail(shelf: Path, tmp_path: Path) -> None:
@@ -198,6 +247,7 @@ def test_a_mismatch_waits_for_a_person(shelf: Path, tmp_path: Path, capsys: pyte
     values[1, 7] += 0.01
     wrong = {**right.quantities, "loss": replace(right.quantities["loss"], values=values)}
     wrong["perplexity"] = right.quantities["loss curve"]
+    wrong["layers"] = replace(right.quantities["layers"], floor=1e-8)
     golden.write(home, replace(right, quantities=wrong))
     before = (home / NAME).read_bytes()
 
@@ -205,6 +255,8 @@ def test_a_mismatch_waits_for_a_person(shelf: Path, tmp_path: Path, capsys: pyte
     assert done.returncode == 1
     assert "perplexity: unused: the golden has it and nothing measures it" in done.stdout
     assert "sequence 1, token 7" in done.stdout
+    assert "layers: the noise floor is" in done.stdout
+    assert "golden, noise floors" in done.stdout
     assert "transformers itself moved, on the same weights" in done.stdout
     assert f"parity golden diff {SLUG}" in done.stdout
     assert (home / NAME).read_bytes() == before

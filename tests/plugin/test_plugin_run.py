@@ -167,7 +167,7 @@ def test_left_out_combinations_are_in_the_header(run: Run, model: Path) -> None:
             "    llama-small-tp5-pp1-sp-fp32-megatron",
             "  layers do not divide evenly, so the embedding and the loss count as a layer each:",
             "    llama-small-tp2-pp4-count-embedding-count-loss-fp32-megatron",
-            "*; 4 combinations left out",
+            "*; 4 left out",
         ]
     )
 

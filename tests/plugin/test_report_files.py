@@ -81,7 +81,7 @@ def test_reports_of_a_failing_run_with_and_without_workers(
     record = valid(pytester.path / "a.json")
     assert record["summary"] == {
         "verdict": "fail", "checks": 16, "passed": 11, "failed": 3, "skipped": 2, "cases": 2, "left_out": 1,
-        "line": "16 checks in 2 cases: 11 passed, 3 failed, 2 skipped; 1 combination left out",
+        "line": "16 checks in 2 cases: 11 passed, 3 failed, 2 skipped; 1 left out",
     }  # fmt: skip
     assert record["summary"]["line"] in "\n".join(lines)
     assert [case["id"] for case in record["cases"]] == [f"llama-small-tp{tp}-pp1-fp32-megatron" for tp in (1, 2)]

@@ -49,7 +49,7 @@ def test_conclusion() -> None:
     assert RECORD["summary"]["line"] == "4 checks in 3 cases: 1 passed, 2 failed, 1 skipped"
     assert RECORD["summary"]["verdict"] == "fail"
     some = run(case(TP1, [measurement("logits")]), left_out=[("x", "y")], interrupted=True)["summary"]
-    assert some["line"] == "1 check in 1 case: all passed; 1 combination left out; interrupted, so not everything ran"
+    assert some["line"] == "1 check in 1 case: all passed; 1 left out; interrupted, so not everything ran"
     assert some["verdict"] == "incomplete"
     broken = run(case(TP1, [measurement("logits")]), errors=[{"where": "test_a.py", "text": "ImportError"}])["summary"]
     assert broken["verdict"] == "fail"

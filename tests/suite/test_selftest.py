@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from parity.__main__ import main
+from parity.checks.bench import Bench
+from parity.commands import self_test
+from parity.faults.inject import Faulty
 from parity.findings import Measurement
 from parity.selftest import models as selftest_models
 from parity.selftest import run as selftest
@@ -20,13 +23,15 @@ NAME = "k and v exchanged"
 
 @dataclass(frozen=True, kw_only=True)
 class Stub(selftest.Check):
-    """A check that always says the same, and asks no rank."""
+    """A check that always says the same, of a faulty converter or of any, and asks no rank."""
 
     differing: tuple[str, ...] = ()
+    of_any: bool = True
 
     def load(self) -> Callable[..., Iterable[Any]]:
-        def check(_: object) -> Iterator[Measurement]:
-            yield Measurement.equal("stub", count=1, unit="things", differing=self.differing)
+        def check(bench: Bench) -> Iterator[Measurement]:
+            told = self.of_any or isinstance(bench.converter, Faulty)
+            yield Measurement.equal("stub", count=1, unit="things", differing=self.differing if told else ())
 
         return check
 
@@ -70,7 +75,8 @@ def test_faults_are_caught_and_a_clean_run_is_not(tmp_path: Path, capsys: pytest
     assert verdicts["cancel", True] == cancelled
     assert set(verdicts[None, False].values()) == {"passed"}
     said = capsys.readouterr().out
-    assert "1 faults, 6 variants: 6 caught, 0 survive; 1 clean runs, 0 false alarms" in said
+    assert "1 faults, 6 variants: 6 caught" in said
+    assert "0 survive; 1 clean runs, 0 false alarms" in said
 
 
 def test_ranks_that_fail_and_faults_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +89,7 @@ def test_ranks_that_fail_and_faults_that_are_refused(tmp_path: Path, capsys: pyt
         patched.setattr(selftest, "all_faults", lambda: [_at_import(fault) for fault in faults])
         assert run("--seeds", "0", "--json", str(at)) == 0
     found = {one["fault"]: one["verdicts"]["import"] for one in json.loads(at.read_text())["variants"]}
-    assert found == wanted
+    assert found == {**wanted, None: "passed"}
 
 
 def _at_import(fault: Any) -> Any:
@@ -97,7 +103,8 @@ def test_a_blind_check_lets_faults_survive(monkeypatch: pytest.MonkeyPatch, caps
     assert run("--fault", NAME, "--seeds", "1") == 1
     said = capsys.readouterr().out
     assert "survives: k and v exchanged [import] tied-tp2-pp1 (import passed)" in said
-    assert "0 caught, 4 survive" in said  # on export alone, no check of this run has a say
+    assert "0 caught" in said
+    assert "4 survive" in said  # on export alone, no check of this run has a say
 
 
 def test_a_false_alarm_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,11 +126,16 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no converter 'nowhere'" in said
 
 
-def test_diagnosis_is_required_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    wolf = Stub(name="import", function="", reads=("import",), differing=("everything",))
-    monkeypatch.setattr(selftest, "CHECKS", (wolf,))
+def test_diagnosis_is_required_of_many_or_where_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = Stub(name="import", function="", reads=("import",), differing=("everything",), of_any=False)
+    monkeypatch.setattr(selftest, "CHECKS", (seen,))
     assert run("--fault", NAME, "--seeds", "0") == 0
-    assert run("--fault", NAME, "--seeds", "0", "--require-diagnosis", "0.9") == 1
+    assert run("--fault", NAME, "--seeds", "0", "--require-diagnosis", "0.5") == 1
+    monkeypatch.setattr(self_test, "ENOUGH", 4)  # as many as there are here
+    assert run("--fault", NAME, "--seeds", "0") == 1
+    assert "0.0% named rightly, 90% asked for" in capsys.readouterr().err
 
 
 def test_selection_by_glob() -> None:
@@ -144,6 +156,9 @@ def test_equivalent_faults_are_few_and_say_why() -> None:
 
 def test_clean_runs_go_over_every_bed() -> None:
     stock = selftest_models.packaged()
-    clean = selftest.variants("no fault", stock=stock, seeds=len(stock.beds) + 1)
-    assert [one.bed for one in clean] == [*stock.beds, stock.beds[0]]
-    assert [one.seed for one in clean] == [0] * len(stock.beds) + [1]
+    clean = selftest.variants("no fault", stock=stock, seeds=50)
+    assert [one.bed for one in clean[: len(stock.beds)]] == list(stock.beds)
+    assert len({(one.bed.model, one.seed) for one in clean[len(stock.beds) :]}) == 50 - len(stock.beds)
+    layouts = {one.bed.topology for one in clean}
+    assert {*selftest_models.LAYOUTS, *(bed.topology for bed in stock.beds)} == layouts
+    assert {one.bed.model for one in clean} == set(stock.configs)

@@ -26,7 +26,7 @@ class Correct:
 
     def to_megatron(self, folder: Path, settings: Any) -> list[GPTModel]:
         config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
+        tensors = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
         model = self.build(config, settings.topology.tp, settings.precision)
         rank, size = parallel_state.get_tensor_model_parallel_rank(), settings.topology.tp
 
@@ -82,7 +82,7 @@ class Correct:
         if dist.get_rank() == 0:
             target.mkdir()
             for file in source.iterdir():
-                if file.suffix != ".safetensors":
+                if "safetensors" not in file.name:  # nor their index: what is written is one file
                     shutil.copy(file, target)
             tensors = {name: tensor.contiguous() for name, tensor in out.items()}
             save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
