@@ -23,7 +23,7 @@ TEXT = (2, 24, 512)
 
 
 def noisy(rng: np.random.Generator, exact: Floats, tp: int = 1, wrong: tuple[int, ...] | None = None) -> Floats:
-    """`exact` as bfloat16 rounds it over `tp` ranks, in each token otherwise; that at `wrong` is `WRONG` times as far."""
+    """`exact` as bfloat16 rounds it over `tp` ranks; the token at `wrong` is `WRONG` times as far."""
     size = np.full(exact.shape[:2], NOISE * np.sqrt(2 * tp - 1))
     size *= rng.uniform(0.7, 1.3, size.shape)
     if wrong is not None:
