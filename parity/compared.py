@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,28 +12,11 @@ from converters.execute import bits
 from converters.topology import Topology
 from parity.causes import Cause
 from parity.findings import Measurement
-from parity.folders import differences, opened, read, tensor_causes
+from parity.folders import Rounded, differences, opened, read, strays, tensor_causes
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-class Rounded(Mapping[str, torch.Tensor]):
-    """The tensors of one checkpoint in the dtypes of another, each rounded when it is asked for."""
-
-    def __init__(self, tensors: Tensors, like: Tensors) -> None:
-        self._tensors, self._like = tensors, like
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        tensor = self._tensors[key]
-        return tensor.to(self._like[key].dtype) if key in self._like else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def tensors(first: Path, second: Path) -> list[Measurement]:
@@ -44,9 +27,12 @@ def tensors(first: Path, second: Path) -> list[Measurement]:
     """
     source = read(first)
     after, unreadable = opened(second)
-    before = Rounded(source, after)
+    before = Rounded(source, {key: tensor.dtype for key, tensor in after.items()})
     causes = [Cause(kind="unreadable", what=(file,), detail=why) for file, why in unreadable]
     differing = [f"{file}: {why}" for file, why in unreadable]
+    extra = [name for name in strays(second) if name not in strays(first)]
+    causes += [Cause(kind="files", what=(name,), detail="weights that no index names") for name in extra]
+    differing += [f"{name}: weights that no index names, which a loader may take for the checkpoint" for name in extra]
     copies = [key for key in source.keys() ^ after.keys() if _tied(key, source if key in source else after)]
     differing += [f"{key}: not in the second" for key in sorted(source.keys() - after.keys() - {*copies})]
     differing += [f"{key}: not in the first" for key in sorted(after.keys() - source.keys() - {*copies})]

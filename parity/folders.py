@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from parity.diagnosis.diagnose import diagnose
 from parity.diagnosis.provenance import Floats
 from parity.difference_map import Worst, worst
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DIAGNOSED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,6 +62,28 @@ class Lazy(Mapping[str, Floats]):
         return len(self._tensors)
 
 
+class Rounded(Mapping[str, torch.Tensor]):
+    """Tensors in other dtypes, each rounded when it is asked for.
+
+    Args:
+        tensors: As they are stored.
+        dtypes: By key; a tensor that has none here stays as it is.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+        self._tensors, self._dtypes = tensors, dtypes
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor = self._tensors[key]
+        return tensor.to(self._dtypes.get(key, tensor.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def compare_folders(
     folder: Path,
     target: Path,
@@ -78,11 +102,14 @@ def compare_folders(
         table: Of a coded source, whose elements say where they are from.
     """
     source = read(folder)
-    before = {key: tensor.to(dtype) for key, tensor in source.items()}
+    before: Mapping[str, torch.Tensor] = Rounded(source, dict.fromkeys(source, dtype))
     kept = all(tensor.dtype == dtype for tensor in source.values())
     after, unreadable = opened(target)
     causes = [Cause(kind="unreadable", what=(file,), detail=why) for file, why in unreadable]
     lines = [f"{file}: {why}" for file, why in unreadable]
+    extra = [name for name in strays(target) if name not in strays(folder)]
+    causes += [Cause(kind="files", what=(name,), detail="weights that no index names") for name in extra]
+    lines += [f"{name}: weights that no index names, which a loader may take for the checkpoint" for name in extra]
     lines += [f"{key}: lost" for key in sorted(set(before) - set(after))]
     lines += [f"{key}: new" for key in sorted(set(after) - set(before))]
     for key in sorted(set(before) & set(after)):
@@ -110,7 +137,7 @@ def compare_folders(
             said, why = _config_differences(folder / name, target / name, None if kept else dtype)
             lines += said
             causes += why
-    return Found(count=len(before) + len(files), differing=tuple(lines), causes=tuple(causes), worst=shown)
+    return Found(count=len(source) + len(files), differing=tuple(lines), causes=tuple(causes), worst=shown)
 
 
 def tensor_causes(
@@ -188,6 +215,19 @@ def opened(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[str, str]]
         if indexed and (beyond := set(held) - keys):
             problems.append((INDEX, f"lacks what {name} holds: {', '.join(sorted(beyond)[:3])}"))
     return out, problems
+
+
+def strays(folder: Path) -> list[str]:
+    """Weight files that are no part of the checkpoint, and that a loader may take in its place.
+
+    transformers prefers one `model.safetensors` to an index, whichever is newer.
+    """
+    index = folder / INDEX
+    named = {SINGLE}
+    if index.is_file():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # which `opened` reports
+            named = set(json.loads(index.read_text())["weight_map"].values())
+    return sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHTS and path.name not in named)
 
 
 def _config_differences(before: Path, after: Path, dtype: torch.dtype | None) -> tuple[list[str], list[Cause]]:

@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
 def _run(asked: argparse.Namespace) -> int:
     """0 every fault was seen and no clean run flagged, 1 otherwise, 2 wrong usage."""
     from parity.checks.bench import Shared
-    from parity.converter import OWN, Named, find
+    from parity.converter import OWN, Named, require
     from parity.faults.catalogue import NOT_YET
     from parity.ranks import Zygote
     from parity.selftest import report as selftest_report
@@ -75,7 +75,7 @@ def _run(asked: argparse.Namespace) -> int:
             console.print(f"not yet: {name}: {reason}", markup=False)
         return 0
     try:
-        find(asked.converter or OWN)
+        require(asked.converter or OWN)
         stock = of_model(asked.model, size=asked.size) if asked.model else packaged()
         if asked.seeds < 0:
             raise ConversionError(f"--seeds: expected a whole number of at least 0, found {asked.seeds}")
@@ -84,7 +84,6 @@ def _run(asked: argparse.Namespace) -> int:
     except ConversionError as error:
         errors.print(f"parity self-test: {error}", markup=False)
         return 2
-    wanted = selftest.variants(asked.fault, stock=stock, seeds=asked.seeds, full=asked.full)
     since = time.perf_counter()
     with Zygote(preload=MODULES) as zygote, Zygote(preload=MODULES) as second:
         shared = Shared(zygote=zygote)
@@ -93,6 +92,15 @@ def _run(asked: argparse.Namespace) -> int:
         named = Named(asked.converter or OWN)
         try:
             test = selftest.SelfTest(shared, stock=stock, converter=named, full=asked.full, beside=(second,))
+            if named.name != OWN:
+                test.stock, unusable = selftest.usable(test)
+                for bed, reason in unusable.items():
+                    console.print(f"left out: {bed}: {named.name} cannot do it: {reason}", style="yellow", markup=False)
+                if not test.stock.beds:
+                    errors.print(f"parity self-test: {named.name} can do none of the models and layouts", markup=False)
+                    return 2
+            stock = test.stock
+            wanted = selftest.variants(asked.fault, stock=stock, seeds=asked.seeds, full=asked.full)
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
                 task = progress.add_task("variants", total=len(wanted))
                 outcomes = test.run(wanted, lambda done, of: progress.update(task, completed=done, total=of))

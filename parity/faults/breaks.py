@@ -92,6 +92,17 @@ def _nothing_saved(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _stale_file(folder: Path) -> None:
+    """One file of an older export beside the index and its shards; transformers loads it rather than them."""
+    require_index(folder)
+    (folder / "model.safetensors").write_bytes(_weights(folder)[0].read_bytes())
+
+
+def _unnamed_shard(folder: Path) -> None:
+    require_index(folder)
+    (folder / "model-00099-of-00099.safetensors").write_bytes(_weights(folder)[0].read_bytes())
+
+
 BREAKS: Mapping[str, Callable[[Path], None]] = {
     "truncated": _truncated,
     "overlapping": _overlapping,
@@ -100,5 +111,7 @@ BREAKS: Mapping[str, Callable[[Path], None]] = {
     "index lacks": _index_lacks,
     "shard lost": _shard_lost,
     "nothing saved": _nothing_saved,
+    "stale file beside shards": _stale_file,
+    "shard that no index names": _unnamed_shard,
     "the source's files": lambda _: None,
 }

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from converters.topology import Topology
 from parity.causes import Cause
-from parity.faults.mutations import Live, Mutation, Patch
+from parity.faults.mutations import Live, Mutation, Patch, Resize
 
 At = Literal["import", "export", "cancel"]
 Family = Literal["layout", "missing", "files", "config", "vocabulary", "dtype", "running", "verifier"]
@@ -49,6 +49,15 @@ class Fault:
     def applies(self, config: Mapping[str, Any], topology: Topology) -> bool:
         """Whether it shows on this model in this layout."""
         return all(NEEDS[need](config, topology) for need in self.needs)
+
+    def must(self, at: At) -> tuple[str, ...]:
+        """The checks that have to see it, each by itself: another that does is no excuse."""
+        if self.checks:
+            return self.checks
+        if self.family == "config" or any(isinstance(mutation, Resize) and mutation.config for mutation in self.does):
+            return {"import": ("config",), "export": ("export", "round trip"), "cancel": ("config",)}[at]
+        # What comes back unchanged, and an export of the source itself, no round trip can see.
+        return {"import": ("import",), "export": ("export",), "cancel": ("import", "export")}[at]
 
     @cached_property
     def runs(self) -> bool:

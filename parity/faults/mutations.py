@@ -237,6 +237,8 @@ class Broken(_OnFolder):
         "boundary shard never written",
         "straddling layer skipped",
         "nothing saved",
+        "stale file beside shards",
+        "shard that no index names",
         "header dtype",
         "the source's files",
     ]

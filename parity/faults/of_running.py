@@ -22,6 +22,8 @@ FORWARD = (
     ("gelu", "MB #4661", (), ("mlp",)),
     ("contiguous cp positions", "TE #3331", ("cp",), ("rope", "positions", "attention")),
 )
+IN_BLOCKS = ("gelu", "rope interleaved")
+"""Those that the check of every block's output has to see as well."""
 DECODING = (
     ("cache stale by one", "", (), ("cache",)),
     ("decode positions off by one", "", (), ("positions", "cache")),
@@ -53,7 +55,7 @@ FAULTS = (
             at=("import",),
             needs=needs,
             causes=_causes(parts) + (Cause(kind="config", what=("rms_norm_eps",)),) * (name == "eps 1e-6"),
-            checks=("logits",),
+            checks=("logits", "blocks") if name in IN_BLOCKS else ("logits",),
         )
         for name, source, needs, parts in FORWARD
     ),

@@ -36,7 +36,7 @@ def result(outcomes: Sequence[Outcome], names: str, stock: Stock, *, converter: 
     clean = [one for one in outcomes if one.variant.fault is None]
     equivalent = [one for one in faulty if one not in real]
     tried = [one for one in real if one.applicable]
-    survivors = [one for one in tried if not one.killed]
+    survivors = [one for one in tried if not one.killed or one.missed]
     alarms = [one for one in (*clean, *equivalent) if one.killed]
     broken = [one for one in faulty if "broken" in one.verdicts.values()]
     judged = [one.named for one in tried if one.named is not None]
@@ -124,7 +124,7 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
         if one.variant.fault is not None:
             by_fault.setdefault(one.variant.fault.name, []).append(one)
     table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("fault", overflow="fold")
+    table.add_column("fault", overflow="fold", min_width=36)
     used = [check.name for check in selftest.CHECKS if any(check.name in one.verdicts for one in outcomes)]
     for name in used:
         table.add_column(name)
@@ -156,6 +156,9 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
         elif not one.applicable:
             reasons = "; ".join(dict.fromkeys(text for text in one.said.values() if text))
             console.print(f"not applicable: {one.variant.id}: {reasons}", style="dim", markup=False)
+        elif fault_of is not None and one.missed:
+            missed = " and ".join(one.missed)
+            console.print(f"survives: {one.variant.id} ({missed} had to see it and passed)", style="red", markup=False)
         elif fault_of is not None and not one.killed:
             verdicts = ", ".join(f"{check} {verdict}" for check, verdict in one.verdicts.items())
             console.print(f"survives: {one.variant.id} ({verdicts})", style="red", markup=False)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,6 +113,14 @@ class Outcome:
     def killed(self) -> bool:
         """Whether some check saw it."""
         return any(verdict in KILLS for verdict in self.verdicts.values())
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """The checks that had to see it and let it pass."""
+        fault = self.variant.fault
+        if fault is None or fault.equivalent:
+            return ()
+        return tuple(name for name in fault.must(self.variant.at) if self.verdicts.get(name) == "passed")
 
     @property
     def applicable(self) -> bool:
@@ -394,6 +402,30 @@ class SelfTest:
             folder = Path(tempfile.mkdtemp(prefix=f"{model}-", dir=self.shared.folder))
             self._subjects[model, seed] = self.stock.make(model, folder, seed)
         return self._subjects[model, seed]
+
+
+def usable(test: SelfTest) -> tuple[Stock, dict[Bed, str]]:
+    """What is left of a stock for a converter that cannot do everything, and why the other beds are left out.
+
+    A bed on which its honest work ends in an exception says nothing of faults. One on which it is wrong stays, and is
+    then told as a false alarm.
+    """
+    out: dict[Bed, str] = {}
+    asked = [Variant(fault=None, bed=bed) for bed in dict.fromkeys((*test.stock.beds, *test.stock.clean))]
+    cheap = [check for check in test.checks if not check.dear]
+    clean = SelfTest(
+        test.shared, stock=test.stock, converter=test.converter, checks=cheap, beside=test.zygotes[1:]
+    ).run(asked)
+    for outcome in clean:
+        ended = [name for name, verdict in outcome.verdicts.items() if verdict in ("refused", "crashed", "broken")]
+        if ended:
+            out[outcome.variant.bed] = outcome.said[ended[0]].splitlines()[0]
+    left = replace(
+        test.stock,
+        beds=tuple(bed for bed in test.stock.beds if bed not in out),
+        clean=tuple(bed for bed in test.stock.clean if bed not in out),
+    )
+    return left, out
 
 
 _Asked = tuple[Question, list[_Job]]

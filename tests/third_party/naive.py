@@ -26,6 +26,8 @@ class Correct:
 
     def to_megatron(self, folder: Path, settings: Any) -> list[GPTModel]:
         config = json.loads((folder / "config.json").read_text())
+        if config.get("rope_scaling") or config.get("attention_bias") or config.get("mlp_bias"):
+            raise NotImplementedError("rope scaling and biases")
         tensors = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
         model = self.build(config, settings.topology.tp, settings.precision)
         rank, size = parallel_state.get_tensor_model_parallel_rank(), settings.topology.tp

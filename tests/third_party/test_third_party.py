@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from converters.errors import SourceError
+from parity.__main__ import main
 from parity.case import matrix
 from parity.checks import forward, weights
 from parity.checks.bench import Bench, Shared
@@ -93,6 +94,15 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stdout
     assert "linear_fc1.weight" in done.stdout
+
+
+def test_the_self_test_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Faults around somebody else's converter, on what it can do: it has no pipeline."""
+    fault = ["--fault=gate and up exch*", "--seeds=0"]
+    assert main(["self-test", "--model=Llama-2-7b-hf", "--converter=naive:Correct", *fault]) == 0
+    said = capsys.readouterr().out
+    assert "6 caught" in said
+    assert "left out: " in said
 
 
 @pytest.mark.parametrize(
