@@ -33,6 +33,8 @@ def rope_cause(wanted: Floats, found: Floats, config: Mapping[str, Any]) -> Caus
     if found.shape != wanted.shape:
         detail = f"{len(found)} frequencies, of a head of {2 * len(found)}, for {len(wanted)}"
         return Cause(kind="config", what=("head_dim",), detail=detail)
+    if not (np.isfinite(found).all() and (found > 0).all()):
+        return Cause(kind="computation", what=("rope",), detail="frequencies are zero, negative or no numbers")
     if np.allclose(found, wanted, rtol=2**-8, atol=0) and not (found.view(np.uint32) & np.uint32(0xFFFF)).any():
         return Cause(kind="computation", what=("rope",), detail="the frequencies are rounded to bfloat16")
     true = fields(config)

@@ -159,6 +159,8 @@ def test_what_no_field_of_the_rope_explains() -> None:
     assert rope_cause(right, found[:6], config).what == ("head_dim",)
     rounded = torch.from_numpy(right).bfloat16().float().numpy()
     assert rope_cause(right, rounded, config).names(Cause(kind="computation", what=("rope",)))
+    for value in (0.0, np.nan, -1.0):
+        assert rope_cause(right, np.full_like(right, value), config).names(Cause(kind="computation", what=("rope",)))
 
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
