@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "skip": "yellow", "xfail": "yellow"}
 HEADINGS = ("check", "measured", "bound", "margin", "seconds", "verdict", "unit")
 INDENT = 2
-CAUSE_LINES = 12
+CAUSE_LINES, LINES_BESIDE_A_CAUSE = 12, 4
+"""Lines of evidence that are shown again at the end: more where no cause says what they come to."""
 CHECK_SHARE = 0.28
 """Of the width, for the names of checks; a longer one is folded, as the last column is."""
 
@@ -96,8 +97,9 @@ def story(row: Row, width: int) -> list[str]:
     lines += [f"... and {len(row.causes) - CAUSES} further causes"] * (len(row.causes) > CAUSES)
     evidence = row.cause.strip().splitlines()
     evidence = evidence if row.measurement else evidence[1:]
-    lines += evidence[:CAUSE_LINES]
-    lines += [f"... {len(evidence) - CAUSE_LINES} more lines above"] * (len(evidence) > CAUSE_LINES)
+    shown = LINES_BESIDE_A_CAUSE if row.causes else CAUSE_LINES
+    lines += evidence[:shown]
+    lines += [f"... {len(evidence) - shown} more lines above"] * (len(evidence) > shown)
     lines += [f"repeat {row.command}"] * bool(row.command)
     return [folded for line in lines for folded in _folded(line, width)]
 
