@@ -100,6 +100,8 @@ def answered(model: Any) -> Facts:
         out[FREQUENCIES] = rotary.inv_freq.detach().float().cpu().numpy().ravel()
         if rotary.rotary_interleaved:
             out[FREQUENCIES] = "neighbouring channels rotate against each other"
+    else:  # every stage has one
+        out[FREQUENCIES] = "positions are not told: there is no rotary embedding"
     usual = config.kv_channels**-0.5
     for name, (only, _) in _OWN.items():
         value = getattr(config, name, only)
