@@ -35,7 +35,8 @@ def commands(program: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] == program]
 
 
-def test_its_pytest_options_exist() -> None:
+def test_its_pytest_options_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)  # where goldens are not made anew
     of_pytest = {"-n", "-k"}
     known = {f"--{option.name}": option for option in OPTIONS}
     found = [words for words in commands("pytest") if "--model" in words]
