@@ -102,7 +102,7 @@ def test_a_blind_check_lets_faults_survive(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(selftest, "CHECKS", (Stub(name="import", function="", reads=("import",)),))
     assert run("--fault", NAME, "--seeds", "1") == 1
     said = capsys.readouterr().out
-    assert "survives: k and v exchanged [import] tied-tp2-pp1 (import passed)" in said
+    assert "survives: k and v exchanged [import] tied-tp2-pp1 (import had to see it and passed)" in said
     assert "0 caught" in said
     assert "4 survive" in said  # on export alone, no check of this run has a say
 
