@@ -38,7 +38,7 @@ def result(outcomes: Sequence[Outcome], names: str, stock: Stock, *, converter: 
     tried = [one for one in real if one.applicable]
     survivors = [one for one in tried if not one.killed or one.missed]
     alarms = [one for one in (*clean, *equivalent) if one.killed]
-    broken = [one for one in faulty if "broken" in one.verdicts.values()]
+    broken = [one for one in outcomes if "broken" in one.verdicts.values()]  # a clean run no less than a faulty one
     judged = [one.named for one in tried if one.named is not None]
     faults = {one.variant.fault.name for one in tried}  # type: ignore[union-attr]
     homeless = [fault for fault in selected(names) if fault.name not in {one.variant.fault.name for one in faulty}]  # type: ignore[union-attr]
@@ -152,7 +152,9 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
                 f"equivalent: {one.variant.id} passes, as it should: {fault_of.equivalent}", style="dim", markup=False
             )
         elif "broken" in one.verdicts.values():
-            console.print(f"not injected: {one.variant.id}: {'; '.join(one.said.values())}", style="red", markup=False)
+            console.print(
+                f"broken: {one.variant.id}: {'; '.join(filter(None, one.said.values()))}", style="red", markup=False
+            )
         elif not one.applicable:
             reasons = "; ".join(dict.fromkeys(text for text in one.said.values() if text))
             console.print(f"not applicable: {one.variant.id}: {reasons}", style="dim", markup=False)

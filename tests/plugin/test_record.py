@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from parity.findings import Measurement, quantity, times
+from parity.findings import Lines, Measurement, quantity, times
 from parity.record import PROPERTY, Record
 
 
@@ -40,6 +40,11 @@ def failure(record: Record, method: str, *arguments: object, **named: object) ->
     with pytest.raises(pytest.fail.Exception) as caught:
         getattr(record, method)(*arguments, **named)
     return str(caught.value)
+
+
+def test_a_check_that_measures_nothing_fails(record: Record) -> None:
+    assert "the check measured nothing" in failure(record, "all", [])
+    assert "the check measured nothing" in failure(record, "all", [Lines(title="t", x="x", y="y", curves={})])
 
 
 def test_within_its_bound_passes(record: Record, stored: Stored) -> None:

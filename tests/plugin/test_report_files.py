@@ -185,6 +185,7 @@ def test_a_case_is_repeated_by_its_command_line(model: Path) -> None:
     }
     cases, _ = matrix(resolve(asked), config_of)
     assert len(cases) >= 2
+    cases += matrix(resolve({"model": str(model), "against": str(model)}), config_of)[0]
     for case in cases:
         words = shlex.split(repeat(case))
         assert words.pop(0) == "pytest"

@@ -15,8 +15,10 @@ from parity.checks.bench import Bench
 from parity.commands import self_test
 from parity.faults.inject import Faulty
 from parity.findings import Measurement
+from parity.rank_failure import RankFailure
 from parity.selftest import models as selftest_models
 from parity.selftest import run as selftest
+from parity.selftest.models import packaged
 
 NAME = "k and v exchanged"
 
@@ -114,6 +116,36 @@ def test_a_false_alarm_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "false alarm: clean tied-tp2-pp1" in said
     assert "2 clean runs, 2 false alarms" in said
+
+
+@pytest.mark.parametrize("fault", [NAME, "no fault, clean runs alone"])
+def test_a_check_that_breaks_is_no_catch(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Stub):
+        def load(self) -> Callable[..., Iterable[Any]]:
+            def check(bench: Any) -> Iterator[Measurement]:
+                if fault == NAME or not isinstance(bench.converter, Faulty):
+                    raise KeyError("of the harness")
+                yield Measurement.equal("stub", count=1, unit="things", differing=("everything",))
+
+            return check
+
+    monkeypatch.setattr(selftest, "CHECKS", (Broken(name="import", function="", reads=("import",)),))
+    assert run("--fault", NAME, "--seeds", "1") == 1
+    said = capsys.readouterr().out
+    assert "broken: clean tied-tp2-pp1: KeyError: 'of the harness'" in said
+    assert ("broken: k and v exchanged [import]" in said) == (fault == NAME)
+
+
+def test_a_slow_machine_catches_nothing() -> None:
+    late = RankFailure("rank 1 did not answer", 1, "tp=1", "timeout", "")
+    (fault, hangs) = (selftest.selected(name)[0] for name in (NAME, selftest.HANGS))
+    for one, verdict in ((fault, "broken"), (hangs, "hung")):
+        variant = selftest.Variant(fault=one, bed=packaged().beds[0])
+        job = selftest._Job(check=selftest.CHECKS[0], variants=[variant], bench=None, alone=False)  # type: ignore[arg-type]
+        job._failed(late)
+        assert job.verdict == verdict
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

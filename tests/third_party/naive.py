@@ -149,6 +149,14 @@ class Correct:
         return torch.cat(pieces[0::2]), torch.cat(pieces[1::2])
 
 
+class Nothing(Correct):
+    """Forgets to return what it has built."""
+
+    def to_megatron(self, folder: Path, settings: Any) -> list[GPTModel]:
+        super().to_megatron(folder, settings)
+        return []
+
+
 class Contiguous(Correct):
     """Query, key and value one after the other, there and back, as if there were one group (gpt-neox #1345)."""
 

@@ -81,6 +81,13 @@ def test_its_bugs_are_found(
         assert word in said
 
 
+def test_one_that_returns_no_model(bench: Bench) -> None:
+    (found,) = weights.imported(replace(bench, converter=Named("naive:Nothing")))
+    assert isinstance(found, Measurement)
+    assert not found.passed
+    assert "to_megatron returned nothing on rank" in found.detail
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
     folders = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
     command = ["pytest", "-p", "parity.plugin", "--model=Llama-2-7b-hf", "--size=tiny", "--converter=naive:CutWhole"]
