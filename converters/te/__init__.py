@@ -1,0 +1,1 @@
+"""The Llama model on Transformer Engine layers."""

@@ -1,0 +1,1 @@
+"""The layers of Transformer Engine that the model uses, in torch: same names, parameters and meaning."""
