@@ -20,7 +20,7 @@ from converters.topology import Mesh, Topology
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 T = TypeVar("T")
-COLUMNS = ("hf", "megatron", "megatron_local")
+COLUMNS = ("hf", "megatron", "megatron_local", "te")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,6 +38,10 @@ class SourceError(ConversionError):
     """A model name that leads to no checkpoint."""
 
 
+class CacheError(ConversionError):
+    """A key-value cache that does not fit what is to be stored in it, or that is used out of order."""
+
+
 def near(name: str, known: Iterable[str], limit: int = 3) -> str:
     """The names in `known` closest to `name`, as ` (did you mean ...?)`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)

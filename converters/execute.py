@@ -6,7 +6,7 @@ hand out views, so a copy moves bytes once, from where they are to where they go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,28 @@ class Transfer:
     tensors: int
     bytes: int
     casts: Mapping[str, Cast]
+
+
+@dataclass(frozen=True)
+class Only:
+    """Some tensors of a store, the whole of which has been checked before.
+
+    Attributes:
+        store: The store.
+        keys: Those that are seen.
+    """
+
+    store: Store
+    keys: Collection[str]
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Shape and dtype of those tensors."""
+        held = self.store.tensors()
+        return {key: held[key] for key in self.keys if key in held}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A view of where the tensor lives."""
+        return self.store.tensor(key)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -147,7 +169,33 @@ def refuse_casts(casts: Mapping[str, Cast]) -> None:
         )
 
 
-def run(plan: Plan, source: Store, target: Store, *, cast: bool = False, where: str = "the source") -> Transfer:
+def refuse_kinds(casts: Mapping[str, Cast]) -> None:
+    """Raise where an integer would become a float, or a float an integer: such a change is never a rounding.
+
+    Raises:
+        CheckpointError: Casts between kinds; all of them.
+    """
+    wrong = [
+        f"{key}: {cast.source} -> {cast.target}"
+        for key, cast in casts.items()
+        if getattr(torch, cast.source).is_floating_point != getattr(torch, cast.target).is_floating_point
+    ]
+    if wrong:
+        raise CheckpointError(
+            listing("a cast rounds floats to floats; integers are no numbers to round, in tensors", wrong)
+            + "\nThe checkpoint is quantised, or its dtypes are damaged: dequantise it, or look at what wrote it"
+        )
+
+
+def run(
+    plan: Plan,
+    source: Store,
+    target: Store,
+    *,
+    cast: bool = False,
+    where: str = "the source",
+    written_bytes: Callable[[int], None] | None = None,
+) -> Transfer:
     """Move every tensor of `plan` from `source` to `target`, one target tensor at a time.
 
     Args:
@@ -156,6 +204,7 @@ def run(plan: Plan, source: Store, target: Store, *, cast: bool = False, where: 
         target: Tensors that exist already, with any content.
         cast: Allow dtypes to change, rounding to nearest even.
         where: What the source is called in messages.
+        written_bytes: Told the size of each target tensor when it is written.
 
     Raises:
         CheckpointError: Tensors that do not fit the plan, a dtype change not asked for, a constant or a tie that does
@@ -165,6 +214,7 @@ def run(plan: Plan, source: Store, target: Store, *, cast: bool = False, where: 
     check_tensors(plan.source_tensors, held, where)
     check_tensors(plan.target_tensors, made, "the target")
     casts = casts_of(plan, held, made)
+    refuse_kinds(casts)
     if not cast:
         refuse_casts(casts)
     problems = constant_faults(plan.constants, source.tensor)
@@ -179,6 +229,8 @@ def run(plan: Plan, source: Store, target: Store, *, cast: bool = False, where: 
             for part in fills:
                 fill(part, into)
             written += into.numel() * into.element_size()
+            if written_bytes is not None:
+                written_bytes(into.numel() * into.element_size())
         for copy in verify:
             first = target.tensor(copy.target.key)
             second = source.tensor(copy.source.key)

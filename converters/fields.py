@@ -130,6 +130,18 @@ class FieldTable:
             raise ConfigError("\n".join([f"config of a {self.family} model:", *problems]))
         return found, defaulted
 
+    def check(self, config: Config) -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        """The fields of a `config.json` whose model stays a Hugging Face model, and the lines for those that no row uses.
+
+        Raises:
+            ConfigError: A field without a row, or one that changes the model in a way that no column knows; all of them.
+        """
+        hf, _ = self.read(config)
+        _, problems = self._run(lambda row: row.forward(hf) if isinstance(row, Switch) else ())
+        entries, more = self._dropped(config)
+        self._ledger([], problems + more)
+        return hf, tuple(entries)
+
     def to_megatron(self, config: Config) -> Ledger:
         """The Megatron fields for a `config.json`.
 
@@ -137,17 +149,10 @@ class FieldTable:
             ConfigError: A field without a row, or a value without a counterpart; all of them.
         """
         hf, defaulted = self.read(config)
-        leaves = dict(_leaves(config, self._containers()))
         entries, problems = self._run(lambda row: row.forward(hf))
         problems += self._unused(hf, entries)
-        for row in self.rows:
-            if isinstance(row, Dropped) and row.side == "hf":
-                for name in filter(row.covers, leaves):
-                    try:
-                        entries.append(row.entry(name, leaves[name]))
-                    except ConfigError as error:
-                        problems.append(str(error))
-        return self._ledger(entries, problems, hf=hf, defaulted=defaulted)
+        dropped, more = self._dropped(config)
+        return self._ledger(entries + dropped, problems + more, hf=hf, defaulted=defaulted)
 
     def to_hf(self, megatron: Config, defaults: Config) -> Ledger:
         """The Hugging Face fields for a Megatron config.
@@ -186,6 +191,20 @@ class FieldTable:
                 entries += step(row)
             except ConfigError as error:
                 problems.append(str(error))
+        return entries, problems
+
+    def _dropped(self, config: Config) -> tuple[list[Entry], list[str]]:
+        """The lines for the fields of a `config.json` that have no counterpart, and those that may not be let go."""
+        entries: list[Entry] = []
+        problems: list[str] = []
+        leaves = dict(_leaves(config, self._containers()))
+        for row in self.rows:
+            if isinstance(row, Dropped) and row.side == "hf":
+                for name in filter(row.covers, leaves):
+                    try:
+                        entries.append(row.entry(name, leaves[name]))
+                    except ConfigError as error:
+                        problems.append(str(error))
         return entries, problems
 
     def _unused(self, hf: Config, entries: list[Entry]) -> list[str]:

@@ -248,6 +248,14 @@ class Topology:
             count += 1
         return count
 
+    def whole_query_groups(self, groups: int) -> int:
+        """The least number of key-value groups, `groups` or more, of which tp gives each rank as many whole ones.
+
+        Source: NVIDIA/TransformerEngine v2.20.2, pytorch/attention/multi_head_attention.py `MultiheadAttention`: tp
+            must divide the groups; no rank holds a part of one.
+        """
+        return -(-groups // self.tp) * self.tp
+
     def __str__(self) -> str:
         shown = [f"tp{self.tp}", f"pp{self.pp}"]
         shown += [f"{name}{getattr(self, name)}" for name in ("vpp", "cp", "ep", "dp") if getattr(self, name) > 1]

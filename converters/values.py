@@ -6,6 +6,7 @@ shows in the plan, and is refused otherwise.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Unit roundoff: half the distance from 1 to the next number, so the relative error of rounding to nearest.
@@ -59,6 +60,36 @@ class Cast:
     def bound(self) -> float:
         """Largest relative error for values in the normal range of `target`."""
         return 0.0 if self.exact else ROUNDOFF[self.target]
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Numbers of four significant bits (e4m3) times a scale that a block of elements shares, read back as `dtype`.
+
+    A bfloat16 scale times an e4m3 number is exact in float32, so reading back rounds in a narrower `dtype` only.
+
+    Source: Micikevicius et al., FP8 Formats for Deep Learning (arXiv 2209.05433), table 1: e4m3 has numbers up to 448,
+        normal ones from 2^-6, subnormal ones 2^-9 apart, no infinity.
+    """
+
+    dtype: str
+
+    def bound(self, value: float, scale: float) -> float:
+        """Largest absolute error of there and back for one element of a block with that scale.
+
+        Half the distance between neighbours of e4m3 at `value`, times the scale, and the roundings of the division and
+        of reading back.
+
+        Args:
+            value: The element, at most 464 scales in magnitude: what rounds to 448 and does not saturate.
+            scale: A bfloat16 number.
+        """
+        binade = math.frexp(min(abs(value) / scale, 448.0))[1] - 1
+        half = 2.0 ** (max(binade, -6) - 4) * scale
+        error = half + ROUNDOFF["float32"] * abs(value)
+        if self.dtype == "float32":
+            return error
+        return error + ROUNDOFF[self.dtype] * (abs(value) + error) + 2.0**-134  # half of bfloat16's last subnormal step
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from converters.errors import ConfigError, TopologyError
+from converters.errors import TopologyError
 from converters.topology import Topology
+from parity.backends import BACKENDS, below_bf16, whole
 from parity.options import Options
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ class Case:
         model: As it was given to `--model`.
         slug: The model's part of the id; cases that agree in it share one subject.
         topology: The parallel layout, with its layers placed.
-        precision: `fp32` or `bf16`.
+        precision: A name of `parity.backends.PRECISIONS`.
         backend: What the model is compared with.
         device: `auto`, `cpu` or `cuda`.
         revision: Commit, tag or branch on the hub.
         weights: `checkpoint` or `seeded`.
-        size: `full` or `tiny`.
+        size: `full`, `tiny` or, for quantised matrix products, `tiny-aligned`.
         layers: Number of first layers kept, or `None` for all.
         trust_remote_code: Whether code that comes with the model may run.
         rank_timeout: Seconds that ranks may take over one check.
@@ -107,8 +107,7 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
     cases: list[Case] = []
     left_out: list[tuple[str, str]] = []
     for model, slug in slugs(options).items():
-        config = config_of(model, revision=options.revision, size=options.size, layers=options.layers)
-        layers = _field(config, "num_hidden_layers")
+        configs: dict[Size, Mapping[str, Any]] = {}
         sizes = (options.tp, options.pp, options.vpp, options.cp, options.dp, options.sp)
         backends = options.backend
         if options.against is not None:  # two checkpoints are compared as they are: layouts and backends play no part
@@ -116,15 +115,19 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
         for (tp, pp, vpp, cp, dp, sp), precision, backend in itertools.product(
             itertools.product(*sizes), options.precision, backends
         ):
+            size: Size = "tiny-aligned" if options.size == "tiny" and below_bf16(precision) else options.size
+            if size not in configs:
+                configs[size] = config_of(model, revision=options.revision, size=size, layers=options.layers)
+            config = configs[size]
             shared: dict[str, Any] = {
                 "model": model,
-                "slug": slug,
+                "slug": slug + "-aligned" * (size == "tiny-aligned"),
                 "precision": precision,
                 "backend": backend,
                 "device": options.device,
                 "revision": options.revision,
                 "weights": options.weights,
-                "size": options.size,
+                "size": size,
                 "layers": options.layers,
                 "trust_remote_code": options.trust_remote_code,
                 "rank_timeout": options.rank_timeout,
@@ -143,14 +146,15 @@ def matrix(options: Options, config_of: ConfigOf) -> tuple[list[Case], list[tupl
                     + f"-dp{dp}" * (dp > 1)
                     + "-sp" * sp
                 )
-                left_out.append(("-".join([slug, mesh, precision, backend]), str(error)))
+                left_out.append(("-".join([shared["slug"], mesh, precision, backend]), str(error)))
                 continue
             try:
-                topology = topology.evenly(layers)
+                topology = topology.evenly(whole(config, "num_hidden_layers"))
             except TopologyError as error:
                 reasons.append(str(error))
-            reasons += refusals(config, topology)
-            case = Case(topology=topology, ghost_groups=_ghosts(config, topology), **shared)
+            side = BACKENDS.get(backend, BACKENDS["megatron"])
+            reasons += side.refusals(config, topology, precision)
+            case = Case(topology=topology, ghost_groups=side.ghosts(config, topology), **shared)
             if reasons:
                 left_out.append((case.id, "; ".join(reasons)))
             else:
@@ -172,89 +176,3 @@ def slugs(options: Options) -> dict[str, str]:
 
 def _owner(model: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", str(Path(model).parent).lower()).strip("-.")
-
-
-def refusals(config: Mapping[str, Any], topology: Topology) -> list[str]:
-    """Why Megatron-Core cannot cut this model over `topology`; empty when it can. Layer placement is not looked at.
-
-    Args:
-        config: The HF config. Layers that differ (`block_configs`) are looked at one by one.
-        topology: The layout asked for.
-
-    Raises:
-        ConfigError: A field is missing.
-
-    Source: NVIDIA/Megatron-LM core_v0.16.1 (the same in core_v0.19.2): megatron/core/transformer/transformer_config.py
-        `TransformerConfig.__post_init__` (heads and groups), attention.py `Attention.__init__` (groups fewer than tp),
-        moe/moe_layer.py `MoELayer.forward` (experts under tp), tensor_parallel/layers.py (`divide` of every cut axis).
-    """
-    tp = topology.tp
-    heads, hidden = _field(config, "num_attention_heads"), _field(config, "hidden_size")
-    head_dim = config.get("head_dim") or hidden // heads
-    reasons: list[str] = []
-    for groups in _distinct(_groups(config, heads)):
-        held = topology.query_groups(groups, heads // groups)
-        rows = held * (heads // groups + 2) * head_dim
-        if held != groups and _blocks(config):
-            reasons.append(f"{heads} heads in {groups} key-value groups do not divide over tp={tp}")
-        elif rows % tp:
-            reasons.append(f"the {rows} rows of the fused query-key-value matrix do not divide over tp={tp}")
-    for width in _distinct(_widths(config, hidden)):
-        if width % tp:
-            reasons.append(f"a feed-forward width of {width} does not divide over tp={tp}")
-    replaced = [block[part].get("replace_with_linear") for block in _blocks(config) for part in ("attention", "ffn")]
-    if any(replaced) and hidden % tp:
-        reasons.append(f"the {hidden} rows of a linear replacement do not divide over tp={tp}")
-    if config.get("num_local_experts") and tp > 1 and not topology.sp:
-        reasons.append(f"experts under tp={tp} cannot be trained without sequence parallelism: add --sp on")
-    return reasons
-
-
-def _ghosts(config: Mapping[str, Any], topology: Topology) -> int:
-    """Key-value groups of zeros that it takes for the heads of a model of equal layers to divide."""
-    heads = _field(config, "num_attention_heads")
-    groups = config.get("num_key_value_heads") or heads
-    return 0 if _blocks(config) else topology.query_groups(groups, heads // groups) - groups
-
-
-def _groups(config: Mapping[str, Any], heads: int) -> Iterator[int]:
-    """Key-value groups of every layer that has attention.
-
-    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/heterogeneous/heterogeneous_config.py
-        `AttentionConfig.build_config_from_dict`.
-    """
-    if not _blocks(config):
-        yield config.get("num_key_value_heads") or heads
-        return
-    for block in _blocks(config):
-        if block["attention"].get("n_heads_in_group"):
-            yield heads // block["attention"]["n_heads_in_group"]
-
-
-def _widths(config: Mapping[str, Any], hidden: int) -> Iterator[int]:
-    """Feed-forward width of every layer that has a feed-forward part.
-
-    Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/transformer/heterogeneous/heterogeneous_config.py
-        `MLPConfig.ffn_mult_to_intermediate_size`.
-    """
-    if not _blocks(config):
-        yield _field(config, "intermediate_size")
-        return
-    for block in _blocks(config):
-        if block["ffn"].get("ffn_mult"):
-            yield math.ceil(int(2 * block["ffn"]["ffn_mult"] * hidden / 3) / 256) * 256
-
-
-def _blocks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return config.get("block_configs") or ()
-
-
-def _distinct(values: Iterator[int]) -> list[int]:
-    return sorted(set(values))
-
-
-def _field(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config field {name!r}: expected a whole number of at least 1, found {value!r}")
-    return value

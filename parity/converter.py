@@ -38,10 +38,14 @@ class Settings:
     Args:
         topology: The parallel layout, with its layers placed.
         precision: Of weights and activations: `fp32` or `bf16`. A checkpoint in another dtype is to be cast.
+            Below (`fp8-delayed` and the like), that of matrix products in Transformer Engine's layers; weights and
+            activations are `bf16` then.
+        backend: `megatron` or `te`.
     """
 
     topology: Topology
     precision: str
+    backend: str = "megatron"
 
 
 class Converter(Protocol):
@@ -60,6 +64,16 @@ class Converter(Protocol):
         """
 
 
+class WithTe(Protocol):
+    """What a converter has besides, for `--backend te`. Collective."""
+
+    def to_te(self, folder: Path, settings: Settings) -> Module:
+        """This rank's part of the model on Transformer Engine's layers, loaded."""
+
+    def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
+        """Write it as a Hugging Face folder; see `Converter.to_hf`."""
+
+
 class Own:
     """This package's converter, by way of `AutoBridge`."""
 
@@ -76,6 +90,31 @@ class Own:
         from converters.bridge import AutoBridge
 
         AutoBridge.from_hf_pretrained(source).save_hf_pretrained(chunks, target)
+
+
+    def to_te(self, folder: Path, settings: Settings) -> Module:
+        """As `WithTe.to_te`; each rank reads its own bytes."""
+        from converters.te import convert
+
+        return convert.load(folder, **te_options(settings))
+
+    def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
+        """As `WithTe.te_to_hf`."""
+        from converters.te import convert
+
+        convert.save(model, source, target)
+
+
+def te_options(settings: Settings) -> dict[str, Any]:
+    """What the model on Transformer Engine's layers is loaded with."""
+    import torch
+
+    from parity.backends import held_in
+
+    return {
+        "topology": settings.topology,
+        "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[held_in(settings.precision)],
+    }
 
 
 def built(provider: Any, settings: Settings) -> list[Module]:
@@ -150,3 +189,28 @@ class Named:
     def to_hf(self, chunks: Sequence[Module], source: Path, target: Path) -> None:
         """As `Converter.to_hf`."""
         find(self.name).to_hf(chunks, source, target)
+
+    def to_te(self, folder: Path, settings: Settings) -> Module:
+        """As `WithTe.to_te`."""
+        return with_te(find(self.name)).to_te(folder, settings)
+
+    def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
+        """As `WithTe.te_to_hf`."""
+        with_te(find(self.name)).te_to_hf(model, source, target)
+
+
+def with_te(converter: Any) -> WithTe:
+    """The converter, which must have both callables for `--backend te`.
+
+    Raises:
+        SourceError: It has not.
+    """
+    if reason := without_te(converter):
+        raise SourceError(reason)
+    return converter  # type: ignore[no-any-return]
+
+
+def without_te(converter: Any) -> str:
+    """Why a converter has no `--backend te`, or an empty string."""
+    missing = [method for method in ("to_te", "te_to_hf") if not callable(getattr(converter, method, None))]
+    return f"the converter has no {' and no '.join(missing)}, which --backend te calls" if missing else ""

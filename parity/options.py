@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from converters.errors import near
+from parity.backends import BACKENDS, PRECISIONS
 from parity.ci import refusal
 
 if TYPE_CHECKING:
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
 
 Parse = Callable[[str], Any]
 
-BACKENDS: tuple[str, ...] = ("megatron",)
-"""What a model is compared with. A new backend is a new name here and an observer in `parity.observation.observe`."""
-
 SUFFIXES = (".json", ".md", ".html")
 """What the file of a report may end in, which says what is written into it."""
-
-PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +193,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=_one_of(*PRECISIONS),
         values="|".join(PRECISIONS) + "[,...]",
         default="fp32",
-        meaning="Precision of weights and activations.",
+        meaning="Precision of weights and activations; below bf16, of matrix products in Transformer Engine's layers.",
         many=True,
     ),
     Option(

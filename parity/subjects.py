@@ -16,11 +16,12 @@ from parity import smollm2
 from parity.cache import cache_root, digest_of, made_once
 from parity.seeded import checkpoint_bytes, parameters, write_checkpoint
 from parity.shards import ITEMSIZE, read_entries, write_shards
-from parity.tiny import require_llama, shrink, with_layers
+from parity.tiny import ALIGNED, TINY, require_llama, shrink, with_layers
 
 Config = dict[str, Any]
 Weights = Literal["checkpoint", "seeded"]
-Size = Literal["full", "tiny"]
+Size = Literal["full", "tiny", "tiny-aligned"]
+"""`tiny-aligned` is the tiny size of cases whose matrix products are quantised, which takes sizes that suit them."""
 SEEDED_LIMIT = 4 << 30
 """Bytes of seeded weights that are written without being asked for more."""
 _FORMAT = 1  # of derived folders: raise it when what is written changes
@@ -58,8 +59,8 @@ def config_of(model: str, *, revision: str | None = None, size: Size = "full", l
     """
     config = read_config(model, revision=revision)
     require_llama(config)
-    if size == "tiny":
-        config = shrink(config)
+    if size != "full":
+        config = shrink(config, TINY if size == "tiny" else ALIGNED)
     return config if layers is None else with_layers(config, layers)
 
 
@@ -67,7 +68,7 @@ def slug_of(model: str, *, weights: Weights | None = None, size: Size = "full", 
     """The subject's part of a test id: the last part of the name, and what was changed of the model."""
     name = packaged(model) or Path(model).expanduser().resolve().name
     parts = [re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")]
-    parts += ["tiny"] * (size == "tiny") + ["seeded"] * (size == "full" and weights == "seeded")
+    parts += [size] * (size != "full") + ["seeded"] * (size == "full" and weights == "seeded")
     return "-".join(parts + ([f"{layers}layers"] if layers is not None else []))
 
 
@@ -104,14 +105,14 @@ def subject(
         SourceError: No such model or weights, or seeded weights beyond the limit or the disk.
         ConfigError: Not a Llama model, or more layers than it has.
     """
-    if size == "tiny" and weights == "checkpoint":
+    if size != "full" and weights == "checkpoint":
         raise SourceError(
             "--size tiny has no checkpoint weights: a shrunk model is a new model. Leave --weights out (seeded), or "
             "use --layers N to test a few layers of the real weights"
         )
     slug = slug_of(model, weights=weights, size=size, layers=layers)
     made = cache_root(cache) / "made"
-    if size == "tiny" or weights == "seeded":
+    if size != "full" or weights == "seeded":
         config = config_of(model, revision=revision, size=size, layers=layers)
         key = digest_of([_FORMAT, "seeded", config, seed, dtype])
         folder = made / f"{slug}-{key}"

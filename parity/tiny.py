@@ -8,15 +8,32 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import ConfigError
 
 Config = dict[str, Any]
 
-LAYERS, GROUPS, HEADS_PER_GROUP, HEAD_DIM, HIDDEN, FFN, VOCAB = 8, 4, 6, 32, 72, 88, 331
-"""The tiny axes. tp 1, 2, 4 and 8 divide the heads, and 8 exceeds the groups; 8 layers hold pp 4 with vpp 2.
-transformers refuses a hidden size that the heads do not divide, although head_dim is set."""
+VOCAB, HEAD_DIM = 331, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """Sizes of a tiny model."""
+
+    layers: int
+    groups: int
+    heads_per_group: int
+    hidden: int
+    ffn: int
+
+
+TINY = Axes(layers=8, groups=4, heads_per_group=6, hidden=72, ffn=88)
+"""tp 1, 2, 4 and 8 divide the heads, and 8 exceeds the groups; 8 layers hold pp 4 with vpp 2. transformers refuses a
+hidden size that the heads do not divide, although head_dim is set."""
+ALIGNED = Axes(layers=4, groups=2, heads_per_group=3, hidden=96, ffn=448)
+"""For quantised matrix products: over tp 1 and 2, every size is a multiple of 32, and few of 128."""
 
 MAX_POSITIONS = 1531
 _FAMOUS_EPS = (1e-5, 1e-6)  # the defaults of Megatron-Core and of transformers
@@ -24,7 +41,7 @@ _TINY_EPS = 3e-5
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def shrink(config: Config) -> Config:
+def shrink(config: Config, axes: Axes = TINY) -> Config:
     """`config` with tiny axes and telling constants, every feature kept.
 
     Kept: whether attention is multi-head, grouped or multi-query; tied or untied head; biases; the rope type and the
@@ -38,14 +55,14 @@ def shrink(config: Config) -> Config:
     out = copy.deepcopy(config)
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
-    tiny_heads = GROUPS * HEADS_PER_GROUP
+    tiny_heads = axes.groups * axes.heads_per_group
     out |= {
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": axes.layers,
         "num_attention_heads": tiny_heads,
-        "num_key_value_heads": tiny_heads if groups == heads else 1 if groups == 1 else GROUPS,
+        "num_key_value_heads": tiny_heads if groups == heads else 1 if groups == 1 else axes.groups,
         "head_dim": HEAD_DIM,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
+        "hidden_size": axes.hidden,
+        "intermediate_size": axes.ffn,
         "vocab_size": VOCAB,
         "max_position_embeddings": MAX_POSITIONS,
     }

@@ -12,6 +12,12 @@ Sources:
         Ghost groups are zeros in every matrix that touches them. They let heads divide over more ranks than they do,
         add exact zeros to the residual stream, and have no gradient, so training leaves them zero.
     megatron_local: the same with the local spec, whose norms are modules of their own.
+    te: NVIDIA/bionemo-framework 3a9d005, bionemo-recipes/models/llama3/modeling_llama_te.py `NVLlamaForCausalLM`, whose
+        layers are `transformer_engine.pytorch.TransformerLayer` with `fuse_qkv_params` and `qkv_weight_interleaved`:
+        rows of layernorm_qkv go group by group, as Megatron's do, and fc1 is gate, then up (`activation="swiglu"`).
+        Norms are never centred on zero. One switch, `bias`, is for all four linear layers of a layer. What is cut over
+        tp is what the layers cut under `set_parallel_mode` (NVIDIA/TransformerEngine v2.20, pytorch/module/linear.py
+        and layernorm_mlp.py); in one piece and without padding it is BioNeMo's checkpoint. A tied head has no tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +31,13 @@ QKV = DECODER + "self_attention.linear_qkv."
 PROJ = DECODER + "self_attention.linear_proj."
 FC1 = DECODER + "mlp.linear_fc1."
 FC2 = DECODER + "mlp.linear_fc2."
+TE_QKV = LAYER + "self_attention.layernorm_qkv."
+TE_PROJ = LAYER + "self_attention.proj."
+TE_MLP = LAYER + "layernorm_mlp."
 
 TABLE = Table(
     family="llama",
-    columns={"hf": None, "megatron": None, "megatron_local": "megatron"},
+    columns={"hf": None, "megatron": None, "megatron_local": "megatron", "te": None},
     sizes={
         "num_hidden_layers": "layer",
         "hidden_size": "hidden",
@@ -51,6 +60,7 @@ TABLE = Table(
             "layernorm_zero_centered_gamma",
             "stored_lm_head",
             "stored_inv_freq",
+            "stored_te_inv_freq",
         }
     ),
     rules=(
@@ -58,6 +68,7 @@ TABLE = Table(
             "embedding",
             hf="model.embed_tokens.weight: vocab hidden",
             megatron="embedding.word_embeddings.weight @first: [vocab (zero pad)]/tp hidden",
+            te="model.embed_tokens.weight: [vocab (zero pad)]/tp hidden",
         ),
         *(
             rule(name, when=when, value=value, **columns)
@@ -70,15 +81,18 @@ TABLE = Table(
                     "hf": LAYER + "input_layernorm.weight: hidden",
                     "megatron": QKV + "layer_norm_weight: hidden",
                     "megatron_local": DECODER + "input_layernorm.weight: hidden",
+                    "te": TE_QKV + "layer_norm_weight: hidden",
                 },
                 "mlp norm": {
                     "hf": LAYER + "post_attention_layernorm.weight: hidden",
                     "megatron": FC1 + "layer_norm_weight: hidden",
                     "megatron_local": DECODER + "pre_mlp_layernorm.weight: hidden",
+                    "te": TE_MLP + "layer_norm_weight: hidden",
                 },
                 "final norm": {
                     "hf": "model.norm.weight: hidden",
                     "megatron": "decoder.final_layernorm.weight @last: hidden",
+                    "te": "model.norm.weight: hidden",
                 },
             }.items()
         ),
@@ -90,6 +104,7 @@ TABLE = Table(
                 LAYER + "self_attn.v_proj.weight: (group v dim) hidden",
             ),
             megatron=QKV + "weight: ([group (zero ghost)] [(rep q) k v] dim)/tp hidden",
+            te=TE_QKV + "weight: ([group (zero ghost)] [(rep q) k v] dim)/tp hidden",
         ),
         rule(
             "qkv bias",
@@ -100,17 +115,20 @@ TABLE = Table(
                 LAYER + "self_attn.v_proj.bias: (group v dim)",
             ),
             megatron=QKV + "bias: ([group (zero ghost)] [(rep q) k v] dim)/tp",
+            te=TE_QKV + "bias: ([group (zero ghost)] [(rep q) k v] dim)/tp",
         ),
         rule(
             "attention output",
             hf=LAYER + "self_attn.o_proj.weight: hidden (group rep dim)",
             megatron=PROJ + "weight: hidden ([group (zero ghost)] rep dim)/tp",
+            te=TE_PROJ + "weight: hidden ([group (zero ghost)] rep dim)/tp",
         ),
         rule(
             "attention output bias",
             when="attention_bias",
             hf=LAYER + "self_attn.o_proj.bias: hidden",
             megatron=PROJ + "bias: hidden",
+            te=TE_PROJ + "bias: hidden",
         ),
         rule(
             "gate and up",
@@ -119,31 +137,47 @@ TABLE = Table(
                 LAYER + "mlp.up_proj.weight: (up ffn) hidden",
             ),
             megatron=FC1 + "weight: ([gate up] ffn/tp) hidden",
+            te=TE_MLP + "fc1_weight: ([gate up] ffn/tp) hidden",
         ),
         rule(
             "gate and up bias",
             when="mlp_bias",
             hf=(LAYER + "mlp.gate_proj.bias: (gate ffn)", LAYER + "mlp.up_proj.bias: (up ffn)"),
             megatron=FC1 + "bias: ([gate up] ffn/tp)",
+            te=TE_MLP + "fc1_bias: ([gate up] ffn/tp)",
         ),
-        rule("down", hf=LAYER + "mlp.down_proj.weight: hidden ffn", megatron=FC2 + "weight: hidden ffn/tp"),
-        rule("down bias", when="mlp_bias", hf=LAYER + "mlp.down_proj.bias: hidden", megatron=FC2 + "bias: hidden"),
-        # Megatron has one switch for all biases: those that this model lacks are there, and zero.
+        rule(
+            "down",
+            hf=LAYER + "mlp.down_proj.weight: hidden ffn",
+            megatron=FC2 + "weight: hidden ffn/tp",
+            te=TE_MLP + "fc2_weight: hidden ffn/tp",
+        ),
+        rule(
+            "down bias",
+            when="mlp_bias",
+            hf=LAYER + "mlp.down_proj.bias: hidden",
+            megatron=FC2 + "bias: hidden",
+            te=TE_MLP + "fc2_bias: hidden",
+        ),
+        # Megatron and TE have one switch for all biases: those that this model lacks are there, and zero.
         rule(
             "no attention bias",
             when="mlp_bias !attention_bias",
             megatron=(QKV + "bias: (zero [group ghost] [(rep q) k v] dim)/tp", PROJ + "bias: (zero hidden)"),
+            te=(TE_QKV + "bias: (zero [group ghost] [(rep q) k v] dim)/tp", TE_PROJ + "bias: (zero hidden)"),
         ),
         rule(
             "no mlp bias",
             when="attention_bias !mlp_bias",
             megatron=(FC1 + "bias: (zero [gate up] ffn/tp)", FC2 + "bias: (zero hidden)"),
+            te=(TE_MLP + "fc1_bias: (zero [gate up] ffn/tp)", TE_MLP + "fc2_bias: (zero hidden)"),
         ),
         rule(
             "head",
             when="!tie_word_embeddings",
             hf="lm_head.weight: vocab hidden",
             megatron="output_layer.weight @last: [vocab (zero pad)]/tp hidden",
+            te="lm_head.weight: [vocab (zero pad)]/tp hidden",
         ),
         rule(
             "tied head",
@@ -151,6 +185,7 @@ TABLE = Table(
             value=Tie("megatron"),
             hf="model.embed_tokens.weight: vocab hidden",
             megatron="output_layer.weight @last-not-first: [vocab (zero pad)]/tp hidden",
+            te="model.embed_tokens.weight: [vocab (zero pad)]/tp hidden",
         ),
         rule(
             "stored copy of a tied head",
@@ -158,12 +193,27 @@ TABLE = Table(
             value=Tie("hf"),
             hf="lm_head.weight: vocab hidden",
             megatron="embedding.word_embeddings.weight @first: [vocab (zero pad)]/tp hidden",
+            te="model.embed_tokens.weight: [vocab (zero pad)]/tp hidden",
+        ),
+        rule(
+            "stored copy of a tied head in te",
+            when="tie_word_embeddings stored_lm_head",
+            value=Tie("te"),
+            hf="model.embed_tokens.weight: vocab hidden",
+            megatron="embedding.word_embeddings.weight @first: [vocab (zero pad)]/tp hidden",
+            te="lm_head.weight: [vocab (zero pad)]/tp hidden",
         ),
         rule(
             "rotary frequencies",
             when="stored_inv_freq",
             value=Drop("hf", "a buffer that old checkpoints store; both sides compute it from rope_theta and head_dim"),
             hf=LAYER + "self_attn.rotary_emb.inv_freq: half_dim",
+        ),
+        rule(
+            "rotary frequencies of a te model",
+            when="stored_te_inv_freq",
+            value=Drop("te", "a buffer that some versions store; both sides compute it from rope_theta and head_dim"),
+            te="model.rotary_emb.inv_freq: half_dim",
         ),
     ),
 )

@@ -4,19 +4,59 @@ Sources:
     hf: huggingface/transformers v4.57 and v5.23, models/llama/configuration_llama.py and modeling_rope_utils.py.
     megatron: NVIDIA/Megatron-LM core_v0.16.1 and core_v0.19.2, megatron/core/transformer/transformer_config.py;
         NVIDIA-NeMo/Megatron-Bridge 0.6, models/gpt_provider.py, for the names of what is no field of it.
+    te: NVIDIA/bionemo-framework 3a9d005, bionemo-recipes/models/llama3/modeling_llama_te.py `NVLlamaConfig`, a
+        LlamaConfig with four fields more. It is written there with `model_type` "llama", and here with "nvllama".
 """
 
 from __future__ import annotations
 
+from converters.dialect import Dialect, Option
 from converters.fields import Field, FieldTable, Of, Ratio
 from converters.rows import ABSENT, Case, Derived, Dropped, Fixed, Pair, Switch
 
+QUANTIZED = "quantised weights; make them plain first: python -m converters dequantize SOURCE TARGET"
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5, transformers 4
 
 
 def _rope(*names: str) -> tuple[str, ...]:
     return tuple(f"{parent}.{name}" for parent in ROPE for name in names)
 
+
+TE = Dialect(
+    column="te",
+    model_type="nvllama",
+    known_as="llama",
+    prefix="NV",
+    options=(
+        Option(
+            name="attn_input_format",
+            default="thd",
+            values=("thd", "bshd"),
+            why="how a batch is laid out in memory",
+        ),
+        Option(
+            name="self_attn_mask_type",
+            default="padding_causal",
+            values=("padding_causal", "causal"),
+            why="how padding is told apart; a Llama is causal",
+        ),
+        Option(
+            name="layer_precision",
+            default=None,
+            values=("fp8", "fp4", None),
+            by_layer=True,
+            why="the precision of a layer's matrix products, not of its weights",
+        ),
+        Option(
+            name="use_quantized_model_init",
+            default=False,
+            values=(False, True),
+            why="whether a model in memory holds its weights quantised",
+        ),
+    ),
+    # Those whose gated form Transformer Engine has; its GELU is the tanh approximation.
+    only={"hidden_act": ("silu", "swish", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu", "relu2")},
+)
 
 FIELDS = FieldTable(
     family="llama",
@@ -119,7 +159,7 @@ FIELDS = FieldTable(
         ),
         Dropped("hf", ("return_dict", "output_hidden_states", "output_attentions"), "what a call returns"),
         Dropped("hf", ("rope_*.partial_rotary_factor",), "only whole heads are rotated", only=(1.0, None)),
-        Dropped("hf", ("quantization_config",), "quantised weights cannot be read yet", only=(None,)),
+        Dropped("hf", ("quantization_config",), QUANTIZED, only=(None,)),
         Dropped("hf", ("sliding_window", "use_sliding_window"), "a Llama attends everywhere", only=(None, False)),
         Dropped("hf", ("chunk_size_feed_forward",), "the MLP runs in one piece", only=(0,)),
         Dropped("hf", ("is_encoder_decoder", "add_cross_attention", "is_decoder"), "decoder only", only=(False,)),

@@ -35,7 +35,9 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
+QUANTIZED = (torch.float8_e4m3fn,)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -44,12 +46,13 @@ class SafetensorsFolder:
 
     Args:
         folder: Holds `model.safetensors`, or shards and their index.
+        quantized: Read FP8 tensors too. They mean nothing without their scales, so nobody else gets to see them.
 
     Raises:
         CheckpointError: No safetensors, an index and files that disagree, or a file that is not a safetensors file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quantized: bool = False) -> None:
         self.folder = folder
         self.files = _files(folder)
         self._handles: dict[str, Any] = {}
@@ -73,6 +76,12 @@ class SafetensorsFolder:
                 piece = handle.get_slice(key)
                 if piece.get_dtype() not in DTYPES:
                     problems.append(f"{file}: {key!r} has dtype {piece.get_dtype()}, which cannot be converted yet")
+                    continue
+                if DTYPES[piece.get_dtype()] in QUANTIZED and not quantized:
+                    problems.append(
+                        f"{file}: {key!r} is quantised ({piece.get_dtype()}) and needs its scales; "
+                        "make the checkpoint plain first: python -m converters dequantize SOURCE TARGET"
+                    )
                     continue
                 self._where[key] = file
                 self._infos[key] = TensorInfo(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])

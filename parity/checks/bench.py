@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity.backends import held_in
 from parity.case import Case
 from parity.converter import Converter, Named, Settings
 from parity.devices import device_of
@@ -93,7 +94,7 @@ class Bench:
     @property
     def settings(self) -> Settings:
         """What models are built for."""
-        return Settings(topology=self.case.topology, precision=self.case.precision)
+        return Settings(topology=self.case.topology, precision=self.case.precision, backend=self.case.backend)
 
     def ranks(self, function: str, *arguments: Any) -> list[Any]:
         """Call `parity.<module>:<name>` on every rank of the case, over gloo or NCCL; what each returned."""
@@ -127,10 +128,10 @@ class Bench:
 
         def write() -> Path:
             folder = Path(tempfile.mkdtemp(prefix="coded-", dir=self.shared.folder))
-            dtype = {"fp32": "float32", "bf16": "bfloat16"}[self.case.precision]
+            dtype = {"fp32": "float32", "bf16": "bfloat16"}[held_in(self.case.precision)]
             return write_checkpoint(self.subject.config, folder, kind="coded", dtype=dtype)
 
-        found: Path = self.shared.once(("coded", self.case.slug, self.case.precision), write)
+        found: Path = self.shared.once(("coded", self.case.slug, held_in(self.case.precision)), write)
         return found
 
     @property
@@ -149,7 +150,7 @@ class Bench:
                     empty.truncate(file.stat().st_size)  # a hole, which reads as zeros
             return folder
 
-        found: Path = self.shared.once(("blank", self.case.slug, self.case.precision), write)
+        found: Path = self.shared.once(("blank", self.case.slug, held_in(self.case.precision)), write)
         return found
 
     def scratch(self) -> AbstractContextManager[str]:

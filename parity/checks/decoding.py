@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parity.backends import BACKENDS
 from parity.bounds import Floats, Spread, allowed, nearness, spread
 from parity.case import Case
 from parity.checks.bench import Bench, NotApplicable
@@ -30,10 +31,10 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     """Logits with the cache against the whole forward and transformers, and greedy text, token for token.
 
     Raises:
-        NotApplicable: Megatron-Core has no KV cache in this layout.
+        NotApplicable: The backend has no KV cache in this layout.
     """
     case = bench.case
-    if reasons := without_cache(case):
+    if reasons := BACKENDS[case.backend].without_cache(case.topology):
         raise NotApplicable("; ".join(reasons))
     asked, prompts, said = _asked(bench)
     own = _spread(said)
@@ -51,21 +52,6 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     for (prompt, text, expected), oracle in zip(told, oracles, strict=True):
         assert text is not None
         yield from _text(case, prompt, text, expected, oracle, own, _within(case, said, own))
-
-
-def without_cache(case: Case) -> list[str]:
-    """Why Megatron-Core cannot decode in this layout; empty where it can.
-
-    Source: NVIDIA/Megatron-LM core_v0.16.1 (the same in core_v0.19.2): megatron/core/inference/
-        model_inference_wrappers/abstract_model_inference_wrapper.py `AbstractModelInferenceWrapper.__init__` and
-        transformer/attention.py `Attention._adjust_key_value_for_inference`, which cuts nothing over cp.
-    """
-    reasons = []
-    if case.topology.vpp > 1:
-        reasons.append("Megatron-Core's inference has no interleaved stages (vpp)")
-    if case.topology.cp > 1:
-        reasons.append("Megatron-Core's KV cache holds whole sequences, which context parallelism (cp) cuts")
-    return reasons
 
 
 def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
@@ -138,9 +124,9 @@ def _picture(case: Case, actual: Decoded, said: References, own: Spread) -> Line
         by = difference.max(axis=2) if said.oracle is None else np.sqrt((difference**2).mean(axis=2))
         return [float(value) for value in by.max(axis=0)]
 
-    curves = {"megatron, cache": by_token(actual.stepwise), "transformers, cache": by_token(said.cached)}
+    curves = {f"{case.backend}, cache": by_token(actual.stepwise), "transformers, cache": by_token(said.cached)}
     if actual.parts is not None:
-        curves["megatron, cache, in parts"] = by_token(actual.parts)
+        curves[f"{case.backend}, cache, in parts"] = by_token(actual.parts)
     gate = _within(case, said, own) if said.oracle is None else nearness(own.token, case.topology.tp, case.max_floors)
     return Lines(
         title=f"Decoding: error by token, the first {PREFILL} together, then one by one",

@@ -1,4 +1,4 @@
-"""What a built Megatron-Core model is and computes, as each rank sees it: recorded for `exchange`.
+"""What a built model is and computes, as each rank sees it: recorded for `exchange`.
 
 All of it is read off the live model, by the independent statement: an import that is wrong by the converter's tables
 would be read back by the same tables as if it were right.
@@ -16,12 +16,10 @@ import torch
 from converters.topology import Topology
 from parity.diagnosis.pullback import Pullback
 from parity.folders import read
-from parity.observation import observe, taps
-from parity.observation import weights as measure
-from parity.observation.activations import LOGITS, Floats
+from parity.observation import backend, observe, taps
+from parity.observation.activations import LOGITS, Floats, everything
 from parity.probes import Probe
-from parity.statement.config import Facts, answered
-from parity.statement.live import beside
+from parity.statement.config import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +39,24 @@ class Held:
 
 def observed(converter: Any, folder: Path, settings: Any, probe: Probe, scratch: Path) -> Held:
     """Import `folder`, run `probe`, and say what the model is; wrong weights are left in `scratch`. Collective."""
-    chunks = measure.loaded(converter, folder, settings)
+    side = backend.of(settings)
+    models = side.built(converter, folder, settings)
     topology: Topology = settings.topology
     config, source = taps.hf_config(folder), checkpoint(folder, settings.precision)
-    with taps.megatron_taps(chunks) as recorded:
-        seen = observe.megatron_observation(chunks, probe, topology=topology, vocab_size=config["vocab_size"])
-    whole = recorded.of_megatron(topology, *probe.tokens.shape)
+    whole, seen = side.tapped(models, probe, settings=settings, vocab_size=config["vocab_size"], wanted=everything)
     if seen is not None:
         whole[LOGITS] = seen.logits
-    models = measure.unwrapped(chunks)
+    bare = side.bare(models)
     pulled = Pullback.of(scratch, source, config)
     if torch.distributed.get_rank() == 0:
         pulled.create()
     torch.distributed.barrier()
     stray = [
         f"{chunk.place}: {trace.kind}: {', '.join(trace.keys)}" + f": {trace.detail}" * bool(trace.detail)
-        for chunk in beside(models, source, config, topology)
+        for chunk in side.beside(bare, source, config, topology)
         for trace in pulled.keep(chunk, config, topology)
     ]
-    return Held(taps=whole, facts=tuple(map(answered, models)), stray=tuple(stray))
+    return Held(taps=whole, facts=tuple(map(side.answered, bare)), stray=tuple(stray))
 
 
 def checkpoint(folder: Path, precision: str) -> dict[str, torch.Tensor]:

@@ -24,7 +24,6 @@ from parity.diagnosis.provenance import Bools, Floats, bits
 from parity.diagnosis.verdicts import Trace
 from parity.folders import Lazy, widened
 from parity.statement.live import Chunk
-from parity.statement.weights import expected_shard
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -103,7 +102,7 @@ class Pullback:
         wrong = {name: right for name, right in chunk.stated.items() if not _same(chunk.held.get(name), right)}
         if not wrong:
             return traces
-        numbers = expected_shard(self._numbers, config, topology, chunk.place, **chunk.choices)
+        numbers = chunk.statement(self._numbers, config, topology, chunk.place, **chunk.choices)
         for name, right in wrong.items():
             keys, found = tuple(self.keys(name, numbers[name])), chunk.held.get(name)
             kind, count, detail = "padding", right.numel(), "not zero"

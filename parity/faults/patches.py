@@ -249,7 +249,7 @@ def _untied_gradients(_: Sequence[Any]) -> None:
         setattr(finalize, name, lambda *_, **__: None)
 
 
-GENERATION, TRAINING = "converters.megatron.generation", "parity.observation.training"
+GENERATION, TRAINING = "converters.megatron.generation", "parity.observation.megatron.training"
 PATCHES: Mapping[str, Callable[[Sequence[Any]], None]] = {
     "inv_freq in bf16": _rounded_frequencies,
     "eps outside the root": _eps_outside,

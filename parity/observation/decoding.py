@@ -14,10 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from converters.topology import Coord
 from parity.converter import Converter, Settings
 from parity.observation import observe
-from parity.observation.weights import loaded
 from parity.probes import IGNORED, Ids, Probe
 
 Floats = npt.NDArray[np.float32]
@@ -76,7 +74,7 @@ class References:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """A Megatron-Core model on the same.
+    """The imported model on the same.
 
     Args:
         whole: `[b s v]`: all tokens at once, without a cache.
@@ -162,30 +160,12 @@ def decoded(
     prompts: Sequence[Prompt],
 ) -> Decoded | None:
     """Ask the imported model the same; on the rank that has the answer."""
-    from converters.megatron.generation import generate, honours_masks
-    from converters.megatron.parallel import current_coord
+    from parity.observation import backend
 
-    chunks = loaded(converter, folder, settings)
+    side = backend.of(settings)
+    models = side.built(converter, folder, settings)
     vocab = int(json.loads((folder / "config.json").read_text())["vocab_size"])
-    masks = honours_masks(chunks)
-    asked = torch.from_numpy(probe.tokens)
-    whole = observe.megatron_observation(chunks, probe, topology=settings.topology, vocab_size=vocab)
-    stepwise = _fed(chunks, asked, one_by_one(prefill, asked.size(1)), vocab)
-    parts = _fed(chunks, asked, in_parts(prefill, asked.size(1)), vocab) if masks else None
-    texts: list[Text | None] = []
-    for prompt in prompts:
-        if any(prompt.padding) and not masks:
-            texts.append(None)
-            continue
-        ids = torch.from_numpy(prompt.tokens)
-        found = generate(chunks, ids, prompt.new, vocab_size=vocab, padding=prompt.padding, return_logits=True)
-        logits = None if found.logits is None else found.logits.cpu().numpy()
-        texts.append(None if logits is None else Text(tokens=found.tokens.numpy(), logits=logits))
-    if current_coord() != Coord(pp=settings.topology.pp - 1):
-        return None
-    assert whole is not None
-    assert stepwise is not None
-    return Decoded(whole=whole.logits, stepwise=stepwise, parts=parts, texts=tuple(texts))
+    return side.decoded(models, settings, probe, prefill, prompts, vocab)
 
 
 def one_by_one(prefill: int, length: int) -> list[tuple[int, int]]:
@@ -196,13 +176,3 @@ def one_by_one(prefill: int, length: int) -> list[tuple[int, int]]:
 def in_parts(prefill: int, length: int) -> list[tuple[int, int]]:
     """From where to where tokens are fed together: always several."""
     return list(pairwise([0, prefill // 3, prefill, (prefill + length) // 2, length]))
-
-
-def _fed(chunks: Sequence[Any], tokens: Tensor, pieces: Sequence[tuple[int, int]], vocab: int) -> Floats | None:
-    """Logits `[b s v]` of every token, fed piece by piece to a model with a cache; on the last stage."""
-    from converters.megatron.generation import Decoder
-
-    decoder = Decoder(chunks, batch=len(tokens), max_length=tokens.size(1), every_token=True)
-    said = [decoder.feed(tokens[:, start:stop]) for start, stop in pieces]
-    logits = [one[..., :vocab].float().cpu() for one in said if one is not None]
-    return torch.cat(logits, dim=1).numpy() if logits else None

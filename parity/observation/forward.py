@@ -12,8 +12,8 @@ import numpy as np
 
 from parity.bounds import Spread, spread
 from parity.converter import Converter, Settings
-from parity.observation.observe import Observation, hf_model, hf_observation, hf_observation_apart, megatron_observation
-from parity.observation.weights import loaded
+from parity.observation import backend
+from parity.observation.observe import Observation, hf_model, hf_observation, hf_observation_apart
 from parity.probes import Probe
 
 
@@ -62,9 +62,10 @@ def forward(
     converter: Converter, folder: Path, settings: Settings, probes: Sequence[Probe]
 ) -> list[Observation] | None:
     """What the imported model says to each probe; on the rank that has it."""
-    chunks = loaded(converter, folder, settings)
+    side = backend.of(settings)
+    models = side.built(converter, folder, settings)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    said = [megatron_observation(chunks, probe, topology=settings.topology, vocab_size=vocab_size) for probe in probes]
+    said = [side.tapped(models, probe, settings=settings, vocab_size=vocab_size, wanted=None)[1] for probe in probes]
     here = [one for one in said if one is not None]
     return here if len(here) == len(said) else None
 

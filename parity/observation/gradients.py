@@ -1,4 +1,4 @@
-"""Gradients of a live Megatron-Core model, mapped to Hugging Face keys through the plan of the weights.
+"""Gradients of a live model, mapped to Hugging Face keys through the plan of the weights.
 
 A gradient lies where its weight lies, so the plan that exports weights exports gradients: each element of a Hugging
 Face gradient is one element of one rank's `main_grad`. Two things differ. A shift of values (zero-centred norms) has
@@ -12,7 +12,7 @@ gradients of a wrong model, and one that it lays out in another way is refused b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from converters import execute
-from converters.execute import TensorInfo
 from converters.plan import Copy, Plan
-from converters.topology import Coord, Mesh, Topology
+from converters.topology import Coord
 from parity.bounds import largest, rms
-
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,56 +63,29 @@ class Held:
     """One model chunk of this rank.
 
     Args:
-        model: The bare `GPTModel`.
+        model: The bare model.
         place: Where it is in the mesh.
-        whole: The plan, Megatron to Hugging Face.
+        whole: The plan, to Hugging Face.
         part: What of it starts here.
+        kept_as: The attribute of a parameter that has its reduced gradient.
     """
 
     model: Any
     place: Coord
     whole: Plan
     part: Plan
+    kept_as: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
 
     def gradient(self, name: str) -> Tensor:
         """The reduced gradient of parameter `name`."""
-        found: Tensor = self.model.get_parameter(name).main_grad
+        found: Tensor = getattr(self.model.get_parameter(name), self.kept_as)
         return found
-
-
-def held(chunks: Sequence[Any], config: Mapping[str, Any], topology: Topology) -> list[Held]:
-    """Each model chunk of this rank with its part of the plan. Collective.
-
-    How far the vocabulary and the groups are padded, and whose norms a layer has, is the converter's to choose: that
-    is read from the model.
-
-    Raises:
-        CheckpointError: Parameters are not those that the plan knows, by name and shape.
-    """
-    from converters.megatron.provider import unwrap
-    from converters.models import family_of
-
-    models = [unwrap(chunk) for chunk in chunks]
-    names = [dict(model.named_parameters()) for model in models]
-    rows = max((found[name].size(0) for found in names for name in VOCABULARY if name in found), default=0)
-    counted = torch.tensor([rows], device=torch.cuda.current_device())
-    dist.all_reduce(counted, op=dist.ReduceOp.MAX)
-    fused = any(name.endswith("linear_fc1.layer_norm_weight") for found in names for name in found)
-    plan = family_of(config).plan(
-        "hf",
-        "megatron" if fused else "megatron_local",
-        config,
-        padded_vocab_size=int(counted) * topology.tp,
-        padded_query_groups=models[0].config.num_query_groups,
-    )
-    whole = plan.inverse()
-    out = []
-    for model, found, place in zip(models, names, topology.chunks_of(topology.coord(dist.get_rank())), strict=True):
-        part = whole.restrict(source=Mesh(topology, place))
-        infos = {name: TensorInfo(tuple(parameter.shape), parameter.dtype) for name, parameter in found.items()}
-        execute.check_tensors(part.source_tensors, infos, f"the model at {place}")
-        out.append(Held(model=model, place=place, whole=whole, part=part))
-    return out
 
 
 def freeze(parts: Sequence[Held]) -> list[str]:
@@ -152,7 +122,7 @@ def compare(parts: Sequence[Held], expected: Path, precision: str) -> Comparison
     with safe_open(expected, framework="numpy") as reference:
         for key, shape in parts[0].whole.target_tensors.items():
             mine = [(part, copy) for part, found in zip(parts, by_target, strict=True) for copy in found.get(key, ())]
-            actual = assembled(mine, shape)
+            actual = assembled(mine, shape, parts[0].device)
             for part, copy in mine:
                 if copy.kind == "verify" or copy.source_replica:
                     copies += 1
@@ -176,9 +146,9 @@ def compare(parts: Sequence[Held], expected: Path, precision: str) -> Comparison
     )
 
 
-def assembled(mine: Sequence[tuple[Held, Copy]], shape: tuple[int, ...]) -> Tensor:
+def assembled(mine: Sequence[tuple[Held, Copy]], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """One Hugging Face gradient, float32, whole, on every rank: the parts are disjoint, so their sum is exact."""
-    out = torch.zeros(shape, dtype=torch.float32, device=torch.cuda.current_device())
+    out = torch.zeros(shape, dtype=torch.float32, device=device)
     for part, copy in mine:
         if copy.kind != "verify" and not copy.source_replica:
             execute.apply(copy, part.gradient(copy.source.key), out)

@@ -7,7 +7,7 @@ Transformer Engine's layers compute their norms inside the next linear: the taps
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from converters.topology import Coord, Topology
 from parity.converter import Converter, Settings
 from parity.observation.activations import LOGITS, PARTS, Floats, Yardstick, blocks, everything, yardstick
-from parity.observation.observe import hf_model, hf_observation, megatron_observation
+from parity.observation.observe import array_of, hf_model, hf_observation
 from parity.probes import Probe
 
 Wanted = Callable[[str], bool]
@@ -39,39 +38,7 @@ class Taps:
 
     def of_hf(self) -> dict[str, Floats]:
         """`[b s h]` float32; several calls are several batches."""
-        return {name: _array(torch.cat(calls)) for name, calls in self.parts.items()}
-
-    def of_megatron(self, topology: Topology, batch: int, length: int) -> dict[str, Floats]:
-        """This stage's taps, whole: `[b s h]` float32. Collective over the ranks of a stage.
-
-        Micro-batches are put together; sequence-parallel shards and context-parallel ones in zigzag order are gathered;
-        rows and tokens that were added for the layout's sake, always behind the probe's own, are taken off.
-
-        Args:
-            topology: The layout.
-            batch: Sequences of the probe.
-            length: Tokens of a sequence.
-
-        Returns:
-            The taps, on the ranks with tp, cp and dp index 0; nothing on the others.
-        """
-        from megatron.core import parallel_state
-
-        from converters.megatron.attention import zigzag_unsplit
-        from converters.megatron.parallel import current_coord
-
-        here = current_coord()
-        whole: dict[str, Floats] = {}
-        for name, calls in self.parts.items():
-            tensor = torch.cat(calls, dim=1)
-            if topology.sp:
-                tensor = _gathered(tensor, parallel_state.get_tensor_model_parallel_group())
-            if topology.cp > 1:
-                tensor = _gathered(tensor, parallel_state.get_context_parallel_group())
-                tensor = zigzag_unsplit(tensor, topology.cp, dim=0)
-            if here == Coord(pp=here.pp):
-                whole[name] = _array(tensor.transpose(0, 1)[:batch, :length])
-        return whole
+        return {name: array_of(torch.cat(calls)) for name, calls in self.parts.items()}
 
 
 @contextlib.contextmanager
@@ -86,33 +53,7 @@ def hf_taps(model: Any, wanted: Wanted = everything) -> Iterator[Taps]:
         parts = (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
         modules |= {f"layers.{n}.{part}": module for part, module in zip(PARTS, parts, strict=True)}
         modules[f"layers.{n}"] = layer
-    with _recording(modules, wanted, lambda output: output[0] if isinstance(output, tuple) else output) as taps:
-        yield taps
-
-
-@contextlib.contextmanager
-def megatron_taps(chunks: Sequence[torch.nn.Module], wanted: Wanted = everything) -> Iterator[Taps]:
-    """Record what the modules of this rank's chunks of a `GPTModel` put out while its pipeline runs.
-
-    Source: NVIDIA/Megatron-LM core_v0.16.1 and core_v0.19.2, megatron/core/transformer/transformer_layer.py
-        `TransformerLayer.forward` and identity_op.py `IdentityOp`, which stands where a norm is part of a linear.
-    """
-    from megatron.core.transformer.identity_op import IdentityOp
-
-    from converters.megatron.provider import unwrap
-
-    modules: dict[str, torch.nn.Module] = {}
-    for model in (unwrap(chunk) for chunk in chunks):
-        modules |= {"embedding": model.embedding} if model.pre_process else {}
-        if model.post_process:
-            modules["final_norm"] = model.decoder.final_layernorm
-        for layer in model.decoder.layers:
-            n = layer.layer_number - 1
-            parts = (layer.input_layernorm, layer.self_attention, layer.pre_mlp_layernorm, layer.mlp)
-            modules |= {f"layers.{n}.{part}": module for part, module in zip(PARTS, parts, strict=True)}
-            modules[f"layers.{n}"] = layer
-    held = {name: module for name, module in modules.items() if not isinstance(module, IdentityOp)}
-    with _recording(held, wanted, _with_bias) as taps:
+    with recording(modules, wanted, lambda output: output[0] if isinstance(output, tuple) else output) as taps:
         yield taps
 
 
@@ -170,14 +111,14 @@ def reference(folder: Path, probe: Probe, precision: str) -> dict[str, Yardstick
     return yardsticks(hf_model(folder, dtype=precision), probe, precision, blocks)
 
 
-def of_blocks(converter: Converter, folder: Path, settings: Settings, probe: Probe) -> dict[str, Floats]:
+def of_blocks(converter: Converter, folder: Path, settings: Settings, probe: Probe) -> Mapping[str, Floats]:
     """What leaves each block of the imported model that this rank has whole. In each rank; collective."""
-    from parity.observation import weights as measure
+    from parity.observation import backend
 
-    chunks = measure.loaded(converter, folder, settings)
-    with megatron_taps(chunks, blocks) as recorded:
-        megatron_observation(chunks, probe, topology=settings.topology, vocab_size=hf_config(folder)["vocab_size"])
-    return recorded.of_megatron(settings.topology, *probe.tokens.shape)
+    side = backend.of(settings)
+    models = side.built(converter, folder, settings)
+    taps, _ = side.tapped(models, probe, settings=settings, vocab_size=hf_config(folder)["vocab_size"], wanted=blocks)
+    return taps
 
 
 def hf_config(folder: Path) -> dict[str, Any]:
@@ -189,7 +130,8 @@ def hf_config(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recording(modules: Mapping[str, Any], wanted: Wanted, value: Callable[[Any], Tensor]) -> Iterator[Taps]:
+def recording(modules: Mapping[str, Any], wanted: Wanted, value: Callable[[Any], Tensor]) -> Iterator[Taps]:
+    """Record what modules put out, by their taps; `value` is the tensor in an output."""
     taps = Taps()
 
     def keep(name: str) -> Callable[..., None]:
@@ -202,24 +144,3 @@ def _recording(modules: Mapping[str, Any], wanted: Wanted, value: Callable[[Any]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _with_bias(output: Any) -> Tensor:
-    """A Megatron-Core module's output: attention and MLP give their last bias apart, a layer gives its context too."""
-    if not isinstance(output, tuple):
-        tensor: Tensor = output
-        return tensor
-    first, second = output[:2]
-    whole: Tensor = first if second is None or second.dim() != 1 else first + second
-    return whole
-
-
-def _gathered(part: Tensor, group: Any) -> Tensor:
-    """The parts of all ranks of `group`, one behind the other along the first dim."""
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts)
-
-
-def _array(tensor: Tensor) -> Floats:
-    return tensor.to(device="cpu", dtype=torch.float32).numpy()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from converters.errors import ConversionError
-from converters.topology import Coord, Topology
 from parity import coded
 from parity.causes import Cause
 from parity.converter import Converter, Settings
@@ -20,36 +17,9 @@ from parity.diagnosis.pullback import Pullback
 from parity.diagnosis.verdicts import Trace
 from parity.difference_map import Pair, worst
 from parity.folders import Found, compare_folders, differences, read
-from parity.statement.config import Facts, answered
-from parity.statement.ledgers import set_fields
-from parity.statement.live import beside
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def loaded(converter: Converter, folder: Path, settings: Settings) -> list[Any]:
-    """This rank's chunks of the model in `folder`, by the converter under test."""
-    _prepare(settings)
-    chunks = list(converter.to_megatron(folder, settings))
-    wanted = settings.topology.vpp
-    if len(chunks) != wanted or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
-        found = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
-        raise ConversionError(
-            f"to_megatron returned {found} on rank {dist.get_rank()} of {settings.topology}, expected {wanted} "
-            f"GPTModel{'s, one for each model chunk' * (wanted > 1)}"
-        )
-    return chunks
-
-
-def _prepare(settings: Settings) -> None:
-    """The device of this rank, and Megatron-Core's parallel state."""
-    from converters.megatron import parallel, runtime
-
-    if not torch.cuda.is_available():
-        runtime.install()
-    else:
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    parallel.initialize(settings.topology)
+from parity.observation import backend
+from parity.observation.observe import DTYPES
+from parity.statement.config import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +31,7 @@ class Imported:
         traces: What this rank lacks or holds besides; to be merged over ranks.
         parameters: Names of what it holds.
         facts: What each of its models computes with (`parity.statement.config`).
-        fields: Fields of Megatron's config that are not at their default.
+        fields: Fields of the backend's config that are not at their default.
     """
 
     found: Found
@@ -80,7 +50,8 @@ def imported(converter: Converter, folder: Path, settings: Settings, scratch: Pa
         settings: What the model is built for.
         scratch: An empty folder that all ranks see.
     """
-    chunks = loaded(converter, folder, settings)
+    side = backend.of(settings)
+    models = side.built(converter, folder, settings)
     table, config, topology = _table(folder), _config(folder), settings.topology
     pulled = Pullback(scratch, table, tied=bool(config["tie_word_embeddings"]))
     if dist.get_rank() == 0:
@@ -91,14 +62,14 @@ def imported(converter: Converter, folder: Path, settings: Settings, scratch: Pa
     causes: list[Cause] = []
     count, names, facts = 0, list[str](), list[Facts]()
     wrong: dict[str, Pair] = {}
-    for chunk in beside(unwrapped(chunks), read(folder), config, topology):
+    for chunk in side.beside(side.bare(models), read(folder), config, topology):
         place, held, stated = chunk.place, chunk.held, chunk.stated
-        if misplaced := _misplaced(chunk.model, topology, place):
+        if misplaced := side.misplaced(chunk.model, topology, place):
             lines += misplaced
             causes.append(Cause(kind="layers moved", detail=misplaced[0]))
         count += len(stated)
         names += held
-        facts.append(answered(chunk.model))
+        facts.append(side.answered(chunk.model))
         lines += [f"{place}: {name} is not held" for name in sorted(set(stated) - set(held))]
         lines += [f"{place}: {name} should not be held" for name in sorted(set(held) - set(stated))]
         for name in sorted(set(held) & set(stated)):
@@ -116,7 +87,7 @@ def imported(converter: Converter, folder: Path, settings: Settings, scratch: Pa
         traces=tuple(traces),
         parameters=tuple(names),
         facts=tuple(facts),
-        fields=set_fields(unwrapped(chunks)[0].config),
+        fields=side.set_fields(side.bare(models)[0]),
     )
 
 
@@ -134,11 +105,12 @@ def exported(converter: Converter, folder: Path, blank: Path, settings: Settings
         What was found; only rank 0 compares.
     """
     # The converter's own choice of padding and layers, whose values are then all replaced.
-    chunks = loaded(converter, blank, settings)
-    for chunk in beside(unwrapped(chunks), read(folder), _config(folder), settings.topology):
+    side = backend.of(settings)
+    models = side.built(converter, blank, settings)
+    for chunk in side.beside(side.bare(models), read(folder), _config(folder), settings.topology):
         for name, parameter in chunk.held.items():
             parameter.data.copy_(chunk.stated[name])
-    converter.to_hf(chunks, blank, target)
+    side.saved(converter, models, blank, target)
     return _compared(folder, target, settings, _table(folder))
 
 
@@ -148,8 +120,8 @@ def round_trip(converter: Converter, folder: Path, settings: Settings, target: P
     Returns:
         What was found; only rank 0 compares.
     """
-    chunks = loaded(converter, folder, settings)
-    converter.to_hf(chunks, folder, target)
+    side = backend.of(settings)
+    side.saved(converter, side.built(converter, folder, settings), folder, target)
     return _compared(folder, target, settings, None)
 
 
@@ -158,21 +130,6 @@ def _compared(folder: Path, target: Path, settings: Settings, table: coded.Table
     if dist.get_rank() != 0:
         return Found(count=0)
     return compare_folders(folder, target, DTYPES[settings.precision], settings.topology, table=table)
-
-
-def unwrapped(chunks: Sequence[Any]) -> list[Any]:
-    """The bare models in their wrappers."""
-    from converters.megatron.provider import unwrap
-
-    return [unwrap(chunk) for chunk in chunks]
-
-
-def _misplaced(model: Any, topology: Topology, place: Coord) -> list[str]:
-    """Where Megatron numbers the layers of a chunk otherwise than the placement, which the statement shares."""
-    numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
-    runs = topology.placement(model.config.num_layers)
-    placed = [n for run in runs if (run.pp, run.chunk) == (place.pp, place.chunk) for n in range(run.start, run.stop)]
-    return [] if numbers == placed else [f"{place}: Megatron holds the layers {numbers}, the placement says {placed}"]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def repeat(case: Case) -> str:
 
 
 def _implied(case: Case, weights: str) -> bool:
-    return weights == ("seeded" if case.size == "tiny" else "checkpoint")
+    return weights == ("seeded" if case.size != "full" else "checkpoint")
 
 
 def _plain(value: object) -> str:

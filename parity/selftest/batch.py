@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MODULES = (
     *PRELOAD,
-    *(f"parity.observation.{name}" for name in ("weights", "forward", "taps", "training", "decoding")),
+    *(f"parity.observation.{name}" for name in ("backend", "weights", "forward", "taps", "training", "decoding")),
     *(f"parity.{name}" for name in ("selftest.batch", "faults.mutate", "faults.patches", "diagnosis.held")),
     *(f"converters.megatron.{name}" for name in ("provider", "generation", "translate", "specs")),
 )

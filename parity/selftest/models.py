@@ -11,7 +11,7 @@ from typing import Any, Literal
 from converters.errors import TopologyError
 from converters.sources import read_config
 from converters.topology import Topology
-from parity.case import refusals
+from parity.backends import refusals
 from parity.seeded import write_checkpoint
 from parity.subjects import Subject, config_of, slug_of, subject
 from parity.tiny import shrink, with_layers

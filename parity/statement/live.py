@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from converters.topology import Coord, Topology
 from parity.statement.weights import expected_shard
 
+Statement = Callable[..., dict[str, torch.Tensor]]
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -20,10 +21,11 @@ class Chunk:
 
     Args:
         place: The rank, and which of its chunks.
-        model: The bare `GPTModel`.
+        model: The bare model.
         held: Its parameters by name.
         stated: What the statement says it must hold.
-        choices: What its converter was free to choose, as `expected_shard` takes it: read from the model.
+        choices: What its converter was free to choose, as `statement` takes it: read from the model.
+        statement: What says what it must hold, of the tensors of a checkpoint.
     """
 
     place: Coord
@@ -31,6 +33,7 @@ class Chunk:
     held: Mapping[str, torch.nn.Parameter]
     stated: Mapping[str, torch.Tensor]
     choices: Mapping[str, Any]
+    statement: Statement = expected_shard
 
 
 def beside(

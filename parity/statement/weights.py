@@ -23,7 +23,7 @@ from converters.errors import CheckpointError, TopologyError, listing, near
 from converters.topology import Coord, Topology
 
 
-class _Read(Mapping[str, torch.Tensor]):
+class Read(Mapping[str, torch.Tensor]):
     """HF tensors by name; a missing one says so, with the nearest names."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -69,8 +69,8 @@ def expected_shard(
         CheckpointError: An HF weight is missing, or is of no use under this config.
         TopologyError: A dim does not divide over the ranks.
     """
-    weights = _Read(hf)
-    _check_names(hf, config)
+    weights = Read(hf)
+    check_names(hf, config)
     groups = config.get("num_key_value_heads") or config["num_attention_heads"]
     ghosts = 0 if padded_query_groups is None else padded_query_groups - groups
     tp, rank = topology.tp, coord.tp
@@ -80,7 +80,7 @@ def expected_shard(
     last = coord.pp == topology.pp - 1 and coord.chunk == topology.vpp - 1
 
     if first:
-        shard["embedding.word_embeddings.weight"] = _vocabulary(
+        shard["embedding.word_embeddings.weight"] = vocabulary(
             weights["model.embed_tokens.weight"], tp, rank, make_vocab_size_divisible_by
         )
 
@@ -101,7 +101,7 @@ def expected_shard(
             head = weights["model.embed_tokens.weight"]
         else:
             return shard
-        shard["output_layer.weight"] = _vocabulary(head, tp, rank, make_vocab_size_divisible_by)
+        shard["output_layer.weight"] = vocabulary(head, tp, rank, make_vocab_size_divisible_by)
     return shard
 
 
@@ -125,16 +125,16 @@ def _layer(
 
     # Column parallel: a rank has some rows. Row parallel: some columns.
     q, k, v = (weights[f"{attention}{name}_proj.weight"] for name in "qkv")
-    out["self_attention.linear_qkv.weight"] = _part(_merge_qkv(q, k, v, config, ghosts), tp, rank, dim=0)
+    out["self_attention.linear_qkv.weight"] = part(merge_qkv(q, k, v, config, ghosts), tp, rank, dim=0)
     o = weights[attention + "o_proj.weight"]
     # A ghost's query heads are read by columns of zeros, one for each channel of each head.
-    columns = o.new_zeros(o.size(0), q.size(0) // (k.size(0) // _head_dim(config)) * ghosts)
-    out["self_attention.linear_proj.weight"] = _part(torch.cat([o, columns], dim=1), tp, rank, dim=1)
+    columns = o.new_zeros(o.size(0), q.size(0) // (k.size(0) // head_dim(config)) * ghosts)
+    out["self_attention.linear_proj.weight"] = part(torch.cat([o, columns], dim=1), tp, rank, dim=1)
 
-    gate = _part(weights[mlp + "gate_proj.weight"], tp, rank, dim=0)
-    up = _part(weights[mlp + "up_proj.weight"], tp, rank, dim=0)
+    gate = part(weights[mlp + "gate_proj.weight"], tp, rank, dim=0)
+    up = part(weights[mlp + "up_proj.weight"], tp, rank, dim=0)
     out["mlp.linear_fc1.weight"] = torch.cat([gate, up])
-    out["mlp.linear_fc2.weight"] = _part(weights[mlp + "down_proj.weight"], tp, rank, dim=1)
+    out["mlp.linear_fc2.weight"] = part(weights[mlp + "down_proj.weight"], tp, rank, dim=1)
 
     # Megatron-Core has one switch for the biases of all four linears. Those that HF has not are zeros.
     if config["attention_bias"] or config["mlp_bias"]:
@@ -144,7 +144,7 @@ def _layer(
         else:
             q, k, v = (torch.zeros_like(tensor[:, 0]) for tensor in (q, k, v))
             o = torch.zeros_like(weights[attention + "o_proj.weight"][:, 0])
-        out["self_attention.linear_qkv.bias"] = _part(_merge_qkv(q, k, v, config, ghosts), tp, rank, dim=0)
+        out["self_attention.linear_qkv.bias"] = part(merge_qkv(q, k, v, config, ghosts), tp, rank, dim=0)
         out["self_attention.linear_proj.bias"] = o.clone()  # row parallel: added once, after the sum over ranks
 
         if config["mlp_bias"]:
@@ -153,16 +153,17 @@ def _layer(
             gate, up, down = (
                 torch.zeros_like(weights[f"{mlp}{name}_proj.weight"][:, 0]) for name in ("gate", "up", "down")
             )
-        out["mlp.linear_fc1.bias"] = torch.cat([_part(gate, tp, rank, dim=0), _part(up, tp, rank, dim=0)])
+        out["mlp.linear_fc1.bias"] = torch.cat([part(gate, tp, rank, dim=0), part(up, tp, rank, dim=0)])
         out["mlp.linear_fc2.bias"] = down.clone()
     return out
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Channels of a head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _merge_qkv(
+def merge_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Mapping[str, Any], ghosts: int
 ) -> torch.Tensor:
     """Rows of `linear_qkv`: for each key-value group its query heads, then its key head, then its value head.
@@ -171,7 +172,7 @@ def _merge_qkv(
     """
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
-    dim = _head_dim(config)
+    dim = head_dim(config)
     per_group = heads // groups * dim
     rows = []
     for group in range(groups):
@@ -182,15 +183,15 @@ def _merge_qkv(
     return torch.cat(rows)
 
 
-def _vocabulary(weight: torch.Tensor, tp: int, rank: int, divisible_by: int) -> torch.Tensor:
+def vocabulary(weight: torch.Tensor, tp: int, rank: int, divisible_by: int) -> torch.Tensor:
     """This rank's rows of an embedding `[v h]`, after zero rows up to a multiple of `divisible_by * tp`."""
     multiple = divisible_by * tp
     missing = -weight.size(0) % multiple
     padded = torch.cat([weight, weight.new_zeros(missing, weight.size(1))])
-    return _part(padded, tp, rank, dim=0)
+    return part(padded, tp, rank, dim=0)
 
 
-def _part(tensor: torch.Tensor, tp: int, rank: int, *, dim: int) -> torch.Tensor:
+def part(tensor: torch.Tensor, tp: int, rank: int, *, dim: int) -> torch.Tensor:
     """Part `rank` of `tp` equal parts of `tensor` along `dim` (a copy)."""
     if tensor.size(dim) % tp:
         raise TopologyError(
@@ -199,7 +200,7 @@ def _part(tensor: torch.Tensor, tp: int, rank: int, *, dim: int) -> torch.Tensor
     return tensor.chunk(tp, dim=dim)[rank].clone(memory_format=torch.contiguous_format)
 
 
-def _check_names(hf: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+def check_names(hf: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     """Refuse weights that nothing below would read: a statement about part of a model proves nothing about the rest."""
     known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     for layer in range(config["num_hidden_layers"]):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from parity.converter import Own, Settings
-from parity.observation import gradients, training
+from parity.observation import gradients
+from parity.observation.megatron import training
 
 
 def local_mean(losses: torch.Tensor, labels: torch.Tensor) -> Any:
@@ -108,15 +109,15 @@ def plant_rounded_masters() -> None:
 def plant_k_for_v() -> None:
     right = gradients.assembled
 
-    def assembled(mine: Any, shape: Any) -> torch.Tensor:
+    def assembled(mine: Any, *rest: Any) -> torch.Tensor:
         halves = {"k_proj": "v_proj", "v_proj": "k_proj"}
         for _, copy in mine:
             for name, other in halves.items():
                 if name in copy.target.key:
                     key = copy.target.key.replace(name, other)
                     mine = [(part, one) for part, _ in mine for one in part.part.copies if one.target.key == key]
-                    return right(mine, shape)
-        return right(mine, shape)
+                    return right(mine, *rest)
+        return right(mine, *rest)
 
     gradients.assembled = assembled
 

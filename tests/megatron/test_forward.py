@@ -36,7 +36,7 @@ CASES = [
 
 def observed(tiny: Tiny, topology: Topology, probe: Probe) -> Observation | None:
     """In a rank: what Megatron-Core says."""
-    from parity.observation.observe import megatron_observation
+    from parity.observation.megatron.observe import megatron_observation
 
     chunks, provider = tiny_llama.build(tiny, topology)
     return megatron_observation(chunks, probe, topology=topology, vocab_size=provider.vocab_size)
@@ -165,7 +165,7 @@ def test_segments_are_kept_apart(kind: str, topology: Topology, models: dict[str
 
 def observed_twice(tiny: Tiny, probe: Probe, plain: Probe) -> list[Observation | None]:
     """In a rank: a probe with segments and positions, then one without: what the first needed must be undone."""
-    from parity.observation.observe import megatron_observation
+    from parity.observation.megatron.observe import megatron_observation
 
     chunks, provider = tiny_llama.build(tiny, ONE)
     return [megatron_observation(chunks, one, topology=ONE, vocab_size=provider.vocab_size) for one in (probe, plain)]
@@ -181,7 +181,7 @@ def test_a_probe_leaves_nothing_behind(models: dict[str, Tiny], zygote: Zygote) 
 
 def observed_bf16(tiny: Tiny, topology: Topology) -> Observation | None:
     """In a rank: what Megatron-Core says in bf16."""
-    from parity.observation.observe import megatron_observation
+    from parity.observation.megatron.observe import megatron_observation
 
     chunks, provider = tiny_llama.build(tiny, topology, bf16=True)
     assert {parameter.dtype for chunk in chunks for parameter in chunk.parameters()} == {torch.bfloat16}

@@ -32,15 +32,15 @@ def asked(tiny: Tiny) -> Probe:
 
 def tapped(tiny: Tiny, topology: Topology, probe: Probe) -> dict[str, Floats]:
     """In a rank: every tap that it has whole."""
-    from parity.observation import taps
-    from parity.observation.observe import megatron_observation
+    from parity.observation.megatron import taps
+    from parity.observation.megatron.observe import megatron_observation
 
     chunks, provider = tiny_llama.build(tiny, topology)
     hooked = [module for chunk in chunks for module in chunk.modules()]
     with taps.megatron_taps(chunks) as recorded:
         megatron_observation(chunks, probe, topology=topology, vocab_size=provider.vocab_size)
     assert not any(module._forward_hooks for module in hooked)
-    return recorded.of_megatron(topology, *probe.tokens.shape)
+    return taps.whole(recorded, topology, *probe.tokens.shape)
 
 
 @pytest.mark.parametrize(("name", "topology"), CASES, ids=str)

@@ -10,7 +10,8 @@ import pytest
 
 from converters.errors import ConfigError
 from converters.topology import Topology
-from parity.case import Case, matrix, refusals, slugs
+from parity.backends import refusals
+from parity.case import Case, matrix, slugs
 from parity.options import resolve
 
 LLAMA = {

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+from converters.te.quantization.recipes import PRECISIONS, compute_capability, recipe_of
+from converters.te.quantization.state import autocast, quantized_model_init
 
-
-@contextlib.contextmanager
-def autocast(enabled: bool = True, recipe: Any = None, amax_reduction_group: Any = None) -> Iterator[None]:
-    """GEMMs inside run in `recipe`."""
-    yield
-
-
-@contextlib.contextmanager
-def quantized_model_init(enabled: bool = True, recipe: Any = None) -> Iterator[None]:
-    """Layers made inside hold quantised weights."""
-    yield
+__all__ = ["PRECISIONS", "autocast", "compute_capability", "quantized_model_init", "recipe_of"]

@@ -1,0 +1,1 @@
+"""Models of Transformer Engine's layers behind the seam `parity.observation.backend`."""
