@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from converters.errors import ConversionError, PlanError
+from converters import conversion
+from converters.errors import ConversionError, PlanError, TopologyError
 from converters.models import Family, family_of
 from converters.plan import Plan
 from converters.proof import Proof
+from converters.quantized import commands as quantized
 from converters.sources import read_config
 from converters.topology import Mesh, Topology
 
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--revision", help="branch, tag or commit on the hub")
         sub.add_argument("--from", dest="source", choices=COLUMNS, default="hf", help="format to read (default: hf)")
         sub.add_argument("--to", choices=COLUMNS, default="megatron", help="format to write (default: megatron)")
-        mesh = sub.add_argument_group("parallel layout of the Megatron side")
+        mesh = sub.add_argument_group("parallel layout of the Megatron or TE side")
         for dim, what in (
             ("tp", "tensor-parallel size"),
             ("pp", "pipeline stages"),
@@ -71,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("key", help="a tensor of either side, or one element of it: 'lm_head.weight[3, 5]'")
             sub.add_argument("--rank", type=int, help="as held by this global rank (default: whole tensors)")
             sub.add_argument("--chunk", type=int, default=0, help="model chunk of that rank")
+    conversion.register(commands)
+    quantized.register(commands)
     return parser
 
 
@@ -84,7 +88,13 @@ def _positive(text: str) -> int:
 def _compiled(options: argparse.Namespace) -> tuple[dict[str, Any], Family, Topology, Plan]:
     config = read_config(options.model, revision=options.revision)
     family = family_of(config)
+    config = family.hf_config(config)
     hf = family.fields.to_megatron(config).hf
+    if "te" in (options.source, options.to) and (options.pp, options.vpp) != (1, 1):
+        raise TopologyError(
+            f"--pp {options.pp} --vpp {options.vpp}: a model on Transformer Engine's layers has no pipeline stages; "
+            "cut it with --tp, or plan between hf and megatron"
+        )
     topology = Topology(
         tp=options.tp,
         pp=options.pp,
@@ -99,14 +109,16 @@ def _compiled(options: argparse.Namespace) -> tuple[dict[str, Any], Family, Topo
     multiple = options.make_vocab_size_divisible_by * options.tp
     padded = math.ceil(hf["vocab_size"] / multiple) * multiple
     groups = topology.query_groups(hf["num_key_value_heads"], hf["num_attention_heads"] // hf["num_key_value_heads"])
+    if "te" in (options.source, options.to):
+        groups = topology.whole_query_groups(hf["num_key_value_heads"])
     plan = family.plan(options.source, options.to, config, padded_vocab_size=padded, padded_query_groups=groups)
     return dict(hf), family, topology, plan
 
 
 def _sides(options: argparse.Namespace, topology: Topology) -> dict[str, Topology]:
-    """The mesh, on the side or sides that are Megatron's."""
+    """The mesh, on the side or sides that are cut over ranks."""
     sides = {"source": options.source, "target": options.to}
-    return {side: topology for side, column in sides.items() if column.startswith("megatron")}
+    return {side: topology for side, column in sides.items() if column != "hf"}
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -6,18 +6,16 @@ files of the export and writes its part of them, or, for streaming, contributes 
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from converters import artefacts, collective, execute
+from converters import artefacts, collective, execute, export
 from converters.errors import CheckpointError, ConfigError, ConversionError
-from converters.execute import TensorInfo, Transfer
+from converters.execute import Only, Store, Transfer
+from converters.export import Part
 from converters.fields import Ledger
 from converters.models import FAMILIES, Family, family_of
 from converters.plan import Plan
@@ -110,11 +108,8 @@ class AutoBridge:
         """Features of what the checkpoint stores beyond the model: a copy of a tied head, rotary buffers."""
         if self.source.folder is None:
             return frozenset()
-        keys = self.weights.tensors()
         tied = bool(self.ledger.hf["tie_word_embeddings"])
-        stored = {"stored_lm_head"} if tied and "lm_head.weight" in keys else set()
-        stored |= {"stored_inv_freq"} if any(key.endswith("rotary_emb.inv_freq") for key in keys) else set()
-        return frozenset(stored)
+        return self.family.stored("hf", self.weights.tensors().keys(), tied=tied)
 
     def plan(self, provider: GPTModelProvider, *, features: frozenset[str] | None = None) -> Plan:
         """The whole plan, Hugging Face to the names of `provider`'s layer spec."""
@@ -168,7 +163,7 @@ class AutoBridge:
         out = []
         for chunk, mesh in zip(_bare(model), _meshes(provider), strict=True):
             part = plan.restrict(target=mesh)
-            out.append(execute.run(part, _Only(self.weights, part), ModuleStore(chunk), cast=cast))
+            out.append(execute.run(part, Only(self.weights, part.source_tensors), ModuleStore(chunk), cast=cast))
         return out
 
     def export_hf_weights(
@@ -186,7 +181,7 @@ class AutoBridge:
         """
         parts = self._parts(model, padding)
         whole = self.plan(_config_of(model)).inverse()
-        dtypes = _dtypes(parts)
+        dtypes = export.dtypes_of(parts)
         device = next(model[0].parameters()).device
         copies = [(plan, store, _by_target(plan)) for plan, store in parts]
         for key, shape in whole.target_tensors.items():
@@ -223,61 +218,17 @@ class AutoBridge:
             CheckpointError: The target exists, or a value that must be equal is not.
             ConfigError: The provider computes something that a Hugging Face config cannot say.
         """
-        target = Path(path).absolute()
-        parts = self._parts(model, padding)
-        whole = self.plan(_config_of(model)).inverse()
-        dtypes = _dtypes(parts)
-        infos = {key: TensorInfo(shape, dtypes[key]) for key, shape in whole.target_tensors.items()}
-        like = self.weights.shards() if self.source.folder else None
-        files = safetensors.lay_out(infos, like)
-        partial = collective.on_first(lambda: self._prepare(target, files, _config_of(model), overwrite))
-        try:
-            self._write(Path(partial), files, parts)
-            collective.on_first(lambda: artefacts.commit(Path(partial), target))
-        except BaseException:
-            if collective.rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-    def _prepare(
-        self, target: Path, files: list[safetensors.FileLayout], provider: GPTModelProvider, overwrite: bool
-    ) -> str:
-        text = self.hf_config(provider)
-        partial = artefacts.begin(target, overwrite=overwrite)
-        try:
-            safetensors.create(partial, files)
-            (partial / "config.json").write_bytes(text)
-            if self.source.folder is not None:
-                for file in artefacts.carried(self.source.folder, code=self.trust_remote_code):
-                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(self.source.folder / file, partial / file)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                size = sum(file.size for file in files)
-                raise CheckpointError(f"cannot write {size:,} bytes of weights beside {target}: {error}") from error
-            raise
-        return str(partial)
-
-    def _write(self, partial: Path, files: list[safetensors.FileLayout], parts: list[tuple[Plan, ModuleStore]]) -> None:
-        faults: list[str] = []
-        try:
-            mapped = safetensors.MappedFiles(partial, files)
-            for plan, store in parts:
-                for copy in plan.copies:
-                    if copy.kind != "verify" and not copy.source_replica:
-                        execute.apply(copy, store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key))
-        except (OSError, RuntimeError) as error:
-            # The others are about to wait for this rank: it tells them, rather than leave.
-            faults.append(f"rank {collective.rank()} on {platform.node()} cannot write {partial}: {error}")
-        collective.agree(faults)  # and every part is in place
-        for plan, store in parts:
-            for copy in plan.copies:
-                if copy.kind == "verify":
-                    second, first = store.tensor(copy.source.key).cpu(), mapped.tensor(copy.target.key)
-                    fault = execute.tied_fault(copy, second, first)
-                    faults += [fault] if fault else []
-        collective.agree(faults)
+        provider = _config_of(model)
+        export.save(
+            Path(path).absolute(),
+            self.plan(provider).inverse(),
+            self._parts(model, padding),
+            config=lambda: self.hf_config(provider),
+            like=self.weights.shards() if self.source.folder else None,
+            carry_from=self.source.folder,
+            code=self.trust_remote_code,
+            overwrite=overwrite,
+        )
 
     def hf_config(self, provider: GPTModelProvider) -> bytes:
         """The config.json of an export: the source's own bytes, or with the fields that the provider changed.
@@ -297,52 +248,18 @@ class AutoBridge:
         spellings = {known.name: known.paths for known in self.family.fields.fields}
         return artefacts.patched(self.source.config, changes, spellings).encode()
 
-    def _parts(self, model: Sequence[torch.nn.Module], padding: str) -> list[tuple[Plan, ModuleStore]]:
+    def _parts(self, model: Sequence[torch.nn.Module], padding: str) -> list[Part]:
         """For each model chunk its part of the export and where its tensors live, checked on every rank."""
-        if padding not in ("verify", "drop"):
-            raise ConfigError(f"padding={padding!r}, expected 'verify' or 'drop'")
         provider = _config_of(model)
-        whole = self.plan(provider).inverse()
-        parts = []
-        faults: list[str] = []
-        for chunk, mesh in zip(_bare(model), _meshes(provider), strict=True):
-            try:
-                plan, store = whole.restrict(source=mesh), ModuleStore(chunk)
-                execute.check_tensors(plan.source_tensors, store.tensors(), f"the model at {mesh.coord}")
-                if padding == "verify":
-                    faults += [
-                        f"{fault}; if training changed it, export with padding='drop'"
-                        for fault in execute.constant_faults(plan.constants, store.tensor)
-                    ]
-                parts.append((plan, store))
-            except ConversionError as error:
-                faults.append(f"{mesh.coord}: {error}")
-        collective.agree(faults)
-        return parts
-
-
-@dataclasses.dataclass(frozen=True)
-class _Only:
-    """The tensors of a store that one plan reads; the whole store has been checked before."""
-
-    store: execute.Store
-    plan: Plan
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        held = self.store.tensors()
-        return {key: held[key] for key in self.plan.source_tensors}
-
-    def tensor(self, key: str) -> torch.Tensor:
-        return self.store.tensor(key)
+        held = zip(_bare(model), _meshes(provider), strict=True)
+        return export.parts_of(self.plan(provider).inverse(), held, padding=padding)
 
 
 def _by_target(plan: Plan) -> dict[str, list[Any]]:
     return {key: copies for key, copies, _ in plan.by_target()}
 
 
-def _tied_faults(
-    copies: list[tuple[Plan, ModuleStore, dict[str, list[Any]]]], key: str, first: torch.Tensor
-) -> list[str]:
+def _tied_faults(copies: list[tuple[Plan, Store, dict[str, list[Any]]]], key: str, first: torch.Tensor) -> list[str]:
     found = [
         execute.tied_fault(copy, store.tensor(copy.source.key), first)
         for _, store, by_target in copies
@@ -372,14 +289,3 @@ def _meshes(provider: GPTModelProvider) -> list[Mesh]:
     topology = provider.topology
     coord = topology.coord(collective.rank())
     return [Mesh(topology, chunk) for chunk in topology.chunks_of(coord)]
-
-
-def _dtypes(parts: list[tuple[Plan, ModuleStore]]) -> dict[str, torch.dtype]:
-    """The dtype of each exported tensor: that of the parameter that it moves from, on whichever rank."""
-    own = {
-        copy.target.key: store.tensors()[copy.source.key].dtype
-        for plan, store in parts
-        for copy in plan.copies
-        if copy.kind != "verify"
-    }
-    return collective.merged_dtypes(own)

@@ -131,10 +131,10 @@ class FieldTable:
         return found, defaulted
 
     def check(self, config: Config) -> tuple[dict[str, Any], tuple[Entry, ...]]:
-        """The fields of a `config.json` whose model stays a Hugging Face model, and the lines for those that no row uses.
+        """The fields of a `config.json` whose model stays one of Hugging Face, and the lines for those that no row uses.
 
         Raises:
-            ConfigError: A field without a row, or one that changes the model in a way that no column knows; all of them.
+            ConfigError: A field without a row, or with a value that no column can have; all of them.
         """
         hf, _ = self.read(config)
         _, problems = self._run(lambda row: row.forward(hf) if isinstance(row, Switch) else ())

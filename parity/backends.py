@@ -17,8 +17,8 @@ QUANTISED: Mapping[str, tuple[int, int]] = {
     "mxfp8": (32, 32),
     "nvfp4": (16, 16),
 }
-"""Precisions of matrix products below bfloat16: of what the sizes of a linear layer, and the number of tokens that enter
-it, must be multiples.
+"""Precisions of matrix products below bfloat16: of what the sizes of a linear layer, and how many tokens enter it, must
+be multiples.
 
 Source: NVIDIA/TransformerEngine v2.20.2, transformer_engine/pytorch: utils.py `assert_dim_for_fp8_exec`;
     tensor/mxfp8_tensor.py and tensor/nvfp4_tensor.py, `get_scale_shape` and `is_quantizable`.
@@ -37,14 +37,14 @@ class Backend:
         title: For people.
         refusals: Why it cannot run a config in a layout and precision; empty where it can.
         groups: Key-value groups, those of zeros included, with which it cuts so many groups of so many heads.
-        without_cache: Why it cannot decode in a layout; empty where it can.
+        without_cache: Why it cannot decode in a layout and precision; empty where it can.
     """
 
     name: str
     title: str
     refusals: Callable[[Mapping[str, Any], Topology, str], list[str]]
     groups: Callable[[Topology, int, int], int]
-    without_cache: Callable[[Topology], list[str]]
+    without_cache: Callable[[Topology, str], list[str]]
 
     def ghosts(self, config: Mapping[str, Any], topology: Topology) -> int:
         """Key-value groups of zeros that it takes for the heads of a model of equal layers to divide."""
@@ -87,7 +87,9 @@ def _of_te(config: Mapping[str, Any], topology: Topology, precision: str) -> lis
         multiple = QUANTISED[precision][0]
         odd = [f"{name} {size}" for name, size in sizes.items() if size % multiple]
         if odd:
-            reasons.append(f"{precision} takes sizes of linear layers that are multiples of {multiple}: {', '.join(odd)}")
+            reasons.append(
+                f"{precision} takes sizes of linear layers that are multiples of {multiple}: {', '.join(odd)}"
+            )
     return reasons
 
 
@@ -104,7 +106,7 @@ def _linear_sizes(config: Mapping[str, Any], topology: Topology) -> dict[str, in
     }
 
 
-def _megatron_without_cache(topology: Topology) -> list[str]:
+def _megatron_without_cache(topology: Topology, precision: str) -> list[str]:
     """Why Megatron-Core cannot decode in this layout.
 
     Source: NVIDIA/Megatron-LM core_v0.16.1 (the same in core_v0.19.2): megatron/core/inference/
@@ -119,7 +121,7 @@ def _megatron_without_cache(topology: Topology) -> list[str]:
     return reasons
 
 
-def _te_without_cache(topology: Topology) -> list[str]:
+def _te_without_cache(topology: Topology, precision: str) -> list[str]:
     """Why Transformer Engine cannot decode in this layout.
 
     Source: NVIDIA/TransformerEngine v2.20.2, transformer_engine/pytorch/attention/dot_product_attention/utils.py
@@ -130,6 +132,11 @@ def _te_without_cache(topology: Topology) -> list[str]:
         reasons.append("Transformer Engine's KV cache holds whole sequences, which context parallelism (cp) cuts")
     if topology.sp:
         reasons.append("sequence parallelism cuts what one step of decoding has one token of")
+    if below_bf16(precision):
+        tokens = QUANTISED[precision][1]
+        reasons.append(
+            f"{precision} takes a multiple of {tokens} tokens, of which a step of decoding has one a sequence"
+        )
     return reasons
 
 

@@ -91,7 +91,6 @@ class Own:
 
         AutoBridge.from_hf_pretrained(source).save_hf_pretrained(chunks, target)
 
-
     def to_te(self, folder: Path, settings: Settings) -> Module:
         """As `WithTe.to_te`; each rank reads its own bytes."""
         from converters.te import convert
@@ -109,11 +108,16 @@ def te_options(settings: Settings) -> dict[str, Any]:
     """What the model on Transformer Engine's layers is loaded with."""
     import torch
 
-    from parity.backends import held_in
+    from converters.te.quantization import recipe_of
+    from parity.backends import below_bf16, held_in
 
     return {
         "topology": settings.topology,
         "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[held_in(settings.precision)],
+        "recipe": recipe_of(settings.precision) if below_bf16(settings.precision) else None,
+        # The precision was asked for: a checkpoint in another dtype is cast, and held against torch's own cast.
+        "cast": True,
+        "attn_input_format": "bshd",
     }
 
 

@@ -122,10 +122,10 @@ def with_layers(config: Config, layers: int) -> Config:
 
 
 def require_llama(config: Config) -> None:
-    """Refuse a config that is not of the Llama family.
+    """Refuse a config that is not of the Llama family, or of quantised weights.
 
     Raises:
-        ConfigError: Its model_type is not `llama`, or a size is missing.
+        ConfigError: Its model_type is not `llama`, a size is missing, or it has a quantization_config.
     """
     if config.get("model_type") != "llama":
         raise ConfigError(f"model_type is {config.get('model_type')!r}, expected 'llama'")
@@ -133,6 +133,11 @@ def require_llama(config: Config) -> None:
     missing = [name for name in needed if not config.get(name)]
     if missing:
         raise ConfigError(f"the config lacks {', '.join(missing)}")
+    if config.get("quantization_config") is not None:
+        raise ConfigError(
+            "the checkpoint is quantised, and is checked as what it stands for; make it plain first: "
+            "python -m converters dequantize SOURCE TARGET"
+        )
 
 
 def llama3_bands(theta: float, head_dim: int, rope: Config) -> tuple[int, int, int]:

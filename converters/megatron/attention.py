@@ -1,11 +1,4 @@
-"""Core attention under context parallelism for Megatron-Core's local layers, and the zigzag order of a sequence.
-
-Megatron-Core's own local attention refuses context parallelism. A causal model gives rank `r` of `n` the chunks `r`
-and `2n - 1 - r` of a sequence cut into `2n`, so that every rank has the same amount of unmasked attention to do.
-
-Source: NVIDIA/Megatron-LM core_v0.16.1, megatron/core/utils.py `get_batch_on_this_cp_rank` and
-    models/common/embeddings/rope_utils.py `get_pos_emb_on_this_cp_rank`.
-"""
+"""Core attention under context parallelism for Megatron-Core's local layers, which refuse it themselves."""
 
 from __future__ import annotations
 
@@ -19,40 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import attention_mask_func
 
 from converters.errors import ConfigError
-
-
-def zigzag_positions(length: int, size: int, rank: int) -> torch.Tensor:
-    """Positions, `[length / size]` int64, that rank `rank` of a context-parallel group of `size` holds.
-
-    Raises:
-        ConfigError: `length` does not divide into `2 * size` chunks.
-    """
-    if length % (2 * size):
-        raise ConfigError(
-            f"a sequence of {length} tokens does not divide into 2 x cp = {2 * size} chunks: "
-            f"pad it to {-(-length // (2 * size)) * 2 * size}"
-        )
-    chunks = torch.arange(length).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
-
-
-def zigzag_split(tensor: torch.Tensor, size: int, rank: int, dim: int = 1) -> torch.Tensor:
-    """The part of `tensor`, whole along its sequence dim `dim`, that CP rank `rank` of `size` holds (a copy)."""
-    if size == 1:
-        return tensor
-    return tensor.index_select(dim, zigzag_positions(tensor.size(dim), size, rank).to(tensor.device))
-
-
-def zigzag_order(length: int, size: int) -> torch.Tensor:
-    """Positions, `[length]` int64, in the order that concatenating every rank's part gives."""
-    return torch.cat([zigzag_positions(length, size, rank) for rank in range(size)])
-
-
-def zigzag_unsplit(gathered: torch.Tensor, size: int, dim: int = 1) -> torch.Tensor:
-    """The ranks' parts, concatenated in rank order along `dim`, put back into sequence order (a copy)."""
-    if size == 1:
-        return gathered
-    return gathered.index_select(dim, zigzag_order(gathered.size(dim), size).argsort().to(gathered.device))
+from converters.zigzag import zigzag_order, zigzag_positions
 
 
 class ContextParallelAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped

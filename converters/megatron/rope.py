@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from converters.errors import ConfigError
 
 if TYPE_CHECKING:
     from converters.megatron.provider import GPTModelProvider
@@ -26,6 +29,29 @@ def frequencies_of(provider: GPTModelProvider) -> torch.Tensor:
     if provider.seq_len_interpolation_factor is not None:
         return linear_frequencies(dim, theta, factor=provider.seq_len_interpolation_factor)
     return default_frequencies(dim, theta)
+
+
+def frequencies_of_fields(hf: Mapping[str, Any]) -> torch.Tensor:
+    """Inverse frequencies of a model by its Hugging Face fields (`FieldTable.read`), `[head_dim / 2]` float32.
+
+    Raises:
+        ConfigError: A rope type that is not known here.
+    """
+    dim, theta = hf["head_dim"], float(hf["rope_theta"])
+    if hf["rope_type"] == "default":
+        return default_frequencies(dim, theta)
+    if hf["rope_type"] == "linear":
+        return linear_frequencies(dim, theta, factor=hf["rope_factor"])
+    if hf["rope_type"] == "llama3":
+        return llama3_frequencies(
+            dim,
+            theta,
+            factor=hf["rope_factor"],
+            low_freq_factor=hf["rope_low_freq_factor"],
+            high_freq_factor=hf["rope_high_freq_factor"],
+            original_max_position_embeddings=hf["rope_original_length"],
+        )
+    raise ConfigError(f"rope_type={hf['rope_type']!r}: its frequencies are not known here")
 
 
 def default_frequencies(head_dim: int, theta: float) -> torch.Tensor:

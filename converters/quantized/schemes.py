@@ -1,9 +1,9 @@
 """The formats: which elements share a scale, what its tensor is called, and how a config says so.
 
 Sources:
-    compressed-tensors: vllm-project/compressed-tensors 0.20.0, quantization/lifecycle/initialize.py `initialize_qparams`
-        (shape `(1,)` of a tensor's scale, `(rows, 1)` of its channels'), quantization/quant_config.py
-        `QuantizationConfig`, compressors/naive_quantized `FloatQuantizationCompressor` (`weight`, `weight_scale`);
+    compressed-tensors: vllm-project/compressed-tensors 0.20.0, quantization/lifecycle/initialize.py
+        `initialize_qparams` (shape `(1,)` of a tensor's scale, `(rows, 1)` of its channels'), quantization/
+        quant_config.py `QuantizationConfig`, compressors/naive_quantized `FloatQuantizationCompressor`;
         vllm-project/vllm 00cb05c, model_executor/layers/quantization/compressed_tensors/schemes/
         compressed_tensors_w8a8_fp8.py `CompressedTensorsW8A8Fp8` (float32 parameters). transformers 5.23 rounds stored
         scales to the model's dtype unless it dequantises while loading: exact for bfloat16 numbers.
@@ -168,7 +168,11 @@ def _fine_grained(found: Mapping[str, Any]) -> Declared:
     size = found.get("weight_block_size")
     if not (isinstance(size, list) and len(size) == 2 and all(type(extent) is int and extent > 0 for extent in size)):
         raise ConfigError(f"quantization_config: weight_block_size={size!r}, expected two positive whole numbers")
-    _refuse(_expected(found, {"fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None), "modules_to_convert": (None, [])}))
+    _refuse(
+        _expected(
+            found, {"fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None), "modules_to_convert": (None, [])}
+        )
+    )
     kept = found.get("modules_to_not_convert")
     scheme = Scheme(name="fine-grained", suffix="_scale_inv", block=(size[0], size[1]))
     return Declared(scheme=scheme, kept=KEPT if kept is None else tuple(kept))

@@ -63,7 +63,7 @@ class NVLlamaConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # of the config that this one is made from
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.check()
 
     def check(self) -> None:

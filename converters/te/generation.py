@@ -4,8 +4,7 @@
     model.generate(ids, attention_mask=mask, past_key_values=cache)
 
 Without `past_key_values` a cache of the right size is made; with `use_cache=False` none is. transformers counts
-columns of the padded batch, the layers count tokens of each sequence: padding is never stored. cache_columns.py
-translates.
+columns of the padded batch, the layers count tokens of each sequence: padding is never stored.
 """
 
 from __future__ import annotations

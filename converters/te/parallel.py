@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 
 from converters.errors import ConfigError, TopologyError
 from converters.te.reference import distributed
+from converters.te.vocabulary import VocabularyParallelEmbedding
 from converters.topology import Coord, Topology
 
 IGNORED = -100  # a label that counts for nothing, as in torch.nn.functional.cross_entropy
@@ -50,8 +51,8 @@ class Parallel:
             reference gathers whichever it is.
     """
 
-    topology: Topology = Topology()
-    coord: Coord = Coord()
+    topology: Topology = field(default_factory=Topology)
+    coord: Coord = field(default_factory=Coord)
     tp_group: ProcessGroup | None = None
     cp_group: ProcessGroup | None = None
     cp_ranks: tuple[int, ...] = (0,)
@@ -129,6 +130,11 @@ class Parallel:
         """Whether activations between GEMMs are cut over `tp_group`."""
         return self.topology.sp
 
+    @property
+    def parts(self) -> int:
+        """What the tokens of the layers' input have to divide into: tp under sequence parallelism, else 1."""
+        return self.tp_size if self.sequence_parallel else 1
+
     def groups(self, config: Any) -> int:
         """Key-value groups that the layers are built with, over all ranks: the config's, and ghosts so that tp divides.
 
@@ -184,7 +190,14 @@ class Parallel:
         """The embedding, of this rank's rows where tp is above 1; its parameter `weight` is `[v/tp h]`."""
         if self.tp_size == 1:
             return torch.nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id, dtype=config.dtype)
-        return VocabularyParallelEmbedding(config, self)
+        return VocabularyParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            config.pad_token_id,
+            dtype=config.dtype,
+            rows=self.vocabulary(config) // self.tp_size,
+            group=self.tp_group,
+        )
 
     def set_context(self, layers: Iterable[torch.nn.Module]) -> None:
         """Tell each `TransformerLayer` its context-parallel group; nothing where cp is 1."""
@@ -211,25 +224,25 @@ class Parallel:
             what, remedy = (
                 ("tokens", "pad the packed sequences to a multiple")
                 if hidden.dim() == 2
-                else ("sequences of the batch", "Transformer Engine cuts dim 0, in bshd the batch: use a multiple")
+                else ("sequences of a batch", "the layers gather dim 0, which in bshd is the batch: use a multiple")
             )
             raise ConfigError(
                 f"sequence parallelism cuts {hidden.size(0)} {what} over tp={self.tp_size}, which does not divide: "
-                f"{remedy} of {self.tp_size}, or build the model without sequence parallelism (its weights are the same)"
+                f"{remedy} of {self.tp_size}, or build the model without sequence parallelism: its weights are the same"
             )
-        return _Split.apply(hidden, self.tp_group)  # type: ignore[no-any-return]
+        return distributed.split(hidden, self.tp_group)
 
     def gather_tokens(self, hidden: Tensor) -> Tensor:
         """The inverse of `split_tokens`: `hidden` of every rank of `tp_group`, along dim 0."""
         if not self.sequence_parallel:
             return hidden
-        return _Join.apply(hidden, 0, self.tp_group)  # type: ignore[no-any-return]
+        return distributed.join(hidden, self.tp_group)
 
     def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
         """Logits of the whole vocabulary `[... vocab_size]`, without padding, from each rank's `[... v/tp]`."""
         if self.tp_size == 1:
             return logits
-        return _Join.apply(logits, -1, self.tp_group)[..., :vocab_size]  # type: ignore[no-any-return]
+        return distributed.join(logits, self.tp_group, dim=-1)[..., :vocab_size]
 
     def count(self, labels: Tensor) -> Tensor:
         """Labels that count, over all parts of the sequences: what divides the sum of their losses. `[]` int64."""
@@ -242,51 +255,27 @@ class Parallel:
         """The sum over `cp_group` of each rank's share of a loss; backward, each rank sees the gradient of its own."""
         return distributed.reduce(loss, self.cp_group)
 
-    def clear_padding(self, model: torch.nn.Module, config: Any) -> None:
-        """Zero, in a model that was just initialised, the ghost groups and the rows that pad the vocabulary.
 
-        Zeros they stay: they have no gradient. Loading a checkpoint writes them anyway.
-        """
-        dim, groups = config.head_dim, self.groups(config) // self.tp_size
-        per_group = config.num_attention_heads // config.num_key_value_heads
-        real = min(max(config.num_key_value_heads - self.tp_rank * groups, 0), groups)
-        rows = min(
-            max(config.vocab_size - self.tp_rank * (self.vocabulary(config) // self.tp_size), 0), config.vocab_size
-        )
-        for name, parameter in model.named_parameters():
-            with torch.no_grad():
-                if name.endswith(("layernorm_qkv.weight", "layernorm_qkv.bias")):
-                    parameter[real * (per_group + 2) * dim :].zero_()
-                elif name.endswith("proj.weight"):
-                    parameter[:, real * per_group * dim :].zero_()
-                elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                    parameter[rows:].zero_()
+def clear_padding(model: torch.nn.Module, config: Any, parallel: Parallel) -> None:
+    """Zero, in a model that was just initialised, the ghost groups and the rows that pad the vocabulary.
 
-
-class VocabularyParallelEmbedding(torch.nn.Embedding):
-    """Rows `[rank v/tp, (rank + 1) v/tp)` of an embedding: looks up what it holds, and sums over the ranks.
-
-    Exactly one rank holds a row, so the sum rounds nothing.
+    Zeros they stay: they have no gradient. A checkpoint that is loaded writes them anyway.
     """
-
-    def __init__(self, config: Any, parallel: Parallel) -> None:
-        rows = parallel.vocabulary(config) // parallel.tp_size
-        start, padding = parallel.tp_rank * rows, config.pad_token_id
-        held = padding is not None and start <= padding < start + rows
-        super().__init__(rows, config.hidden_size, padding - start if held else None, dtype=config.dtype)
-        self.start, self.vocabulary, self.group = start, config.vocab_size, parallel.tp_group
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`[... h]` of the token ids `[...]`, equal on every rank of the tensor-parallel group.
-
-        Raises:
-            IndexError: An id outside the vocabulary, as from any embedding.
-        """
-        local = input - self.start
-        elsewhere = (local < 0) | (local >= self.num_embeddings)
-        outside = (input < 0) | (input >= self.vocabulary)
-        found = super().forward(local.masked_fill(elsewhere, 0).masked_fill(outside, self.num_embeddings))
-        return distributed.reduce(found.masked_fill(elsewhere[..., None], 0), self.group)
+    groups, rows = parallel.groups(config), parallel.vocabulary(config)
+    if (groups, rows) == (config.num_key_value_heads, config.vocab_size):
+        return
+    groups, rows = groups // parallel.tp_size, rows // parallel.tp_size
+    per_group = config.num_attention_heads // config.num_key_value_heads
+    real = max(config.num_key_value_heads - parallel.tp_rank * groups, 0)  # more than there are clear nothing
+    words = max(config.vocab_size - parallel.tp_rank * rows, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("layernorm_qkv.weight", "layernorm_qkv.bias")):
+                parameter[real * (per_group + 2) * config.head_dim :].zero_()
+            elif name.endswith("proj.weight"):
+                parameter[:, real * per_group * config.head_dim :].zero_()
+            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                parameter[words:].zero_()
 
 
 def reduce_gradients(model: torch.nn.Module, parallel: Parallel | None = None) -> None:
@@ -300,8 +289,8 @@ def reduce_gradients(model: torch.nn.Module, parallel: Parallel | None = None) -
         model: A model of this package, or one that wraps it.
         parallel: Its parallelism; by default what it was built with.
     """
-    if parallel is None:
-        parallel = next((module.parallel for module in model.modules() if hasattr(module, "parallel")), Parallel())
+    held = (getattr(module, "parallel", None) for module in model.modules())
+    parallel = parallel or next((one for one in held if isinstance(one, Parallel)), Parallel())
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             continue
@@ -325,35 +314,3 @@ def _group_of(topology: Topology, dim: str, timeout: datetime.timedelta) -> tupl
         if here in ranks:
             found = group, tuple(ranks)
     return found
-
-
-class _Split(torch.autograd.Function):
-    """This rank's part, along dim 0, of what every rank holds; backward, the parts' gradients put together."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return whole.chunk(group.size())[group.rank()].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _concatenated(gradient, 0, ctx.group), None
-
-
-class _Join(torch.autograd.Function):
-    """The ranks' parts put together along a dim, for a use that every rank repeats: backward, its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _concatenated(part, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return gradient.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None
-
-
-def _concatenated(part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts, dim)

@@ -17,7 +17,7 @@ from parity.findings import Finding, Lines, Measurement
 from parity.probes import Probe, probes
 
 if TYPE_CHECKING:
-    from parity.observation.decoding import Decoded, Prompt, References, Text
+    from parity.observation.decoding import Beams, Decoded, Prompt, References, Text
 
 ROWS, LENGTH, PREFILL = 2, 32, 20
 """Sequences, the tokens of each that are compared, and how many are fed together before the rest, one by one."""
@@ -34,7 +34,7 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
         NotApplicable: The backend has no KV cache in this layout.
     """
     case = bench.case
-    if reasons := BACKENDS[case.backend].without_cache(case.topology):
+    if reasons := BACKENDS[case.backend].without_cache(case.topology, case.precision):
         raise NotApplicable("; ".join(reasons))
     asked, prompts, said = _asked(bench)
     own = _spread(said)
@@ -44,6 +44,8 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     (actual,) = [one for one in found if one is not None]
     yield from _logits(case, actual, said, own)
     yield _picture(case, actual, said, own)
+    if actual.beams is not None and said.beams is not None:
+        yield searched(prompts[0], actual.beams, said.beams, _within(case, said, own))
     told = [trio for trio in zip(prompts, actual.texts, said.texts, strict=True) if trio[1] is not None]
     oracles: list[Floats | None] = [None] * len(told)
     if said.oracle is not None:
@@ -108,6 +110,8 @@ def _logits(case: Case, actual: Decoded, said: References, own: Spread) -> Itera
         ways.append(("decode, own forward", actual.stepwise, actual.whole))
     if actual.parts is not None:
         ways.append(("decode in parts", actual.parts, expected))
+    if actual.paged is not None:
+        ways.append(("decode with cache of pages", actual.paged, expected))
     detail = [f"{len(expected)} x {expected.shape[1]} tokens, the first {PREFILL} together"]
     detail += [MASKLESS] if actual.parts is None else []
     at = np.argwhere(np.ones(expected.shape[:2], dtype=bool))
@@ -183,6 +187,26 @@ def written(prompt: Prompt, found: Text, expected: Text, bound: float) -> Measur
     return Measurement.equal(
         prompt.name, count=count, unit="decided tokens", differing=differing, detail="\n".join(notes)
     )
+
+
+def searched(prompt: Prompt, found: Beams, expected: Beams, bound: float) -> Measurement:
+    """Beam search in float32: the best beam, token for token, where its score leads those that could take its place.
+
+    A score is a mean of log-probabilities, each of which differs by no more than two bounds of a logit. Another text
+    may be the best only where its score is that near to the best one's.
+    """
+    off = np.abs(found.scores.astype(np.float64) - expected.scores)
+    differing = [
+        f"row {row}: expected {theirs.tolist()} with the score {score}, found {ours.tolist()} with {own}"
+        for row, (ours, theirs, own, score) in enumerate(
+            zip(found.tokens, expected.tokens, found.scores, expected.scores, strict=True)
+        )
+        if not off[row] <= 2 * bound
+    ]
+    apart = [str(row) for row in range(len(off)) if not np.array_equal(found.tokens[row], expected.tokens[row])]
+    detail = f"{_about(prompt)}; scores differ by at most {off.max():.2e}, of {2 * bound:.2e} allowed"
+    detail += f"; other texts of that score: rows {', '.join(apart)}" * bool(apart)
+    return Measurement.equal("beam search", count=found.tokens.size, unit="tokens", differing=differing, detail=detail)
 
 
 def chosen(prompt: Prompt, found: Text) -> Measurement:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity.backends import BACKENDS
 from parity.bounds import FLOORS
 from parity.cache import digest_of
 from parity.case import Case
@@ -125,7 +126,8 @@ def _held(bench: Bench, shelf: Shelf) -> Iterator[Finding]:
                 bound=one.bound,
                 unit="of the largest in its group",
                 where=one.where,
-                detail=f"golden {one.then!r}, now {one.now!r}\n" + _who_moved(whose, moved, found, golden, now, home),
+                detail=f"golden {one.then!r}, now {one.now!r}\n"
+                + _who_moved(whose, moved, found, golden, now, home, BACKENDS[case.backend].title),
             )
     ratios = {one.name: one.ratio for one in candidate}
     yield Lines(
@@ -179,14 +181,16 @@ def _candidate(bench: Bench, golden: Golden, now: Evaluation) -> list[Compared]:
     ]
 
 
-def _who_moved(whose: str, moved: list[str], found: list[Compared], golden: Golden, now: Evaluation, home: Path) -> str:
+def _who_moved(
+    whose: str, moved: list[str], found: list[Compared], golden: Golden, now: Evaluation, home: Path, title: str
+) -> str:
     """Whose difference this is, and what to do."""
     drifted = moved or not all(one.passed for one in found)
     look = f"look: parity golden diff {home.name}; accept, if it is right: parity golden accept {home.name}"
     if whose != "transformers":
         if drifted:
             return "transformers is beyond its bounds too: settle that first"
-        return "transformers still says what the golden says: the converter moved, or Megatron-Core did"
+        return f"transformers still says what the golden says: the converter moved, or {title} did"
     if moved:
         return f"other weights, or another config, than the golden was made from\n{look}"
     return (

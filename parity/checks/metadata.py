@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
+from converters.dialect import Dialect
 from converters.models import family_of
+from parity.backends import BACKENDS
 from parity.checks.bench import Bench
 from parity.findings import Finding, Measurement
 from parity.seeded import key_table
@@ -19,10 +22,10 @@ def plan(bench: Bench) -> Iterator[Finding]:
     per_group = hf["num_attention_heads"] // hf["num_key_value_heads"]
     found = family.plan(
         "hf",
-        "megatron",
+        bench.case.backend,
         config,
         padded_vocab_size=math.ceil(config["vocab_size"] / topology.tp) * topology.tp,
-        padded_query_groups=topology.query_groups(hf["num_key_value_heads"], per_group),
+        padded_query_groups=BACKENDS[bench.case.backend].groups(topology, hf["num_key_value_heads"], per_group),
     )
     stated = key_table(config)  # what a Llama consists of, said without the table
     names = sorted(set(stated) | set(found.source_tensors))
@@ -40,7 +43,11 @@ def plan(bench: Bench) -> Iterator[Finding]:
 
 
 def config(bench: Bench) -> Iterator[Finding]:
-    """Every config field has a row, and what Megatron is told says the same when it is told back."""
+    """Every config field has a row, and what the backend is told says the same when it is told back."""
+    dialect = family_of(bench.subject.config).dialect(bench.case.backend)
+    if dialect is not None:
+        yield _dialect(bench, dialect)
+        return
     fields = family_of(bench.subject.config).fields
     there = fields.to_megatron(bench.subject.config)
     back = fields.to_hf(there.megatron, {})
@@ -50,3 +57,19 @@ def config(bench: Bench) -> Iterator[Finding]:
         if back.hf.get(name) != value
     ]
     yield Measurement.proved("config ledger", count=len(there.entries), unit="entries", unproved=changed)
+
+
+def _dialect(bench: Bench, dialect: Dialect) -> Measurement:
+    """The text of a config under another class name: what is added is the dialect's own, and the way back is exact."""
+    text = (bench.subject.folder / "config.json").read_text(encoding="utf-8")
+    there = dialect.from_hf(text)
+    before, after = json.loads(text), json.loads(there)
+    own = {"model_type", "architectures", *(option.name for option in dialect.options)}
+    changed = [
+        f"{name}: {before.get(name)!r} became {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if name not in own and before.get(name) != after.get(name)
+    ]
+    changed += [] if dialect.speaks(after) else ["the config made is not of the dialect, by its own reading"]
+    changed += [] if dialect.to_hf(there) == text else ["config.json there and back is not the same text"]
+    return Measurement.proved("config ledger", count=len(after), unit="entries", unproved=changed)

@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parity.backends import BACKENDS
 from parity.bounds import allowed, nearness
 from parity.case import Case
-from parity.checks.bench import Bench, NotApplicable
+from parity.checks.bench import Bench
 from parity.diagnosis.localise import explained
 from parity.findings import Finding, Lines, Measurement
 from parity.observation.lessons import Deal, Lesson, Recipe, lessons
@@ -73,7 +74,7 @@ class Gate:
 def asked(bench: Bench) -> tuple[list[Lesson], Reference, Path]:
     """The batches of this case, what transformers makes of them, and the file of its gradients; asked once."""
     case, subject, deal = bench.case, bench.subject, Deal.of(bench.case.topology)
-    parts = min(deal.rows, deal.dp * deal.microbatches * case.topology.cp) if case.precision == "bf16" else 1
+    parts = min(deal.rows, deal.dp * deal.microbatches * case.topology.cp) if case.precision != "fp32" else 1
     key = ("trained", case.slug, case.precision, deal.rows, parts)
 
     def ask() -> tuple[list[Lesson], Reference, Path]:
@@ -93,14 +94,8 @@ def steps(bench: Bench) -> Iterator[Finding]:
 
     Under data parallelism the steps are taken a second time, with the optimizer distributed over the ranks (ZeRO-1).
 
-    Raises:
-        NotApplicable: In another precision than fp32 and bf16.
     """
     case = bench.case
-    if case.precision not in ("fp32", "bf16"):
-        raise NotApplicable(
-            f"training is compared in fp32 and bf16, {case.id} is {case.precision}: it would need a loss scale"
-        )
     batches, said, file = asked(bench)
     if not np.isfinite([said.norm, said.norm_floor, *said.scales.values()]).all():
         unproved = [f"transformers itself has losses or gradients that are no numbers for {bench.subject.folder}"]
@@ -168,7 +163,7 @@ def _losses(said: Reference, found: Trained, batches: Sequence[Lesson], case: Ca
         title="Loss, one batch a step",
         x="step",
         y="mean loss, nats",
-        curves={"transformers": [gate.scale for gate in curve], "Megatron-Core": found.curve},
+        curves={"transformers": [gate.scale for gate in curve], BACKENDS[case.backend].title: found.curve},
         log=False,
     )
     yield Lines(

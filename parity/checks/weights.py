@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.errors import ConfigError
 from converters.topology import Mesh
+from parity.backends import BACKENDS
 from parity.causes import Cause
 from parity.checks.bench import Bench, measures
 from parity.diagnosis.verdicts import merged
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @measures("import, coded")
 def imported(bench: Bench) -> Iterator[Finding]:
-    """Each rank holds what an independent statement of Megatron's layout says, element by element."""
+    """Each rank holds what an independent statement of the backend's layout says, element by element."""
     ranks = _import(bench)
     differing = [line for rank in ranks for line in rank.found.differing]
     traces = [trace for rank in ranks for trace in rank.traces]
@@ -62,24 +63,29 @@ def coverage(bench: Bench) -> Iterator[Finding]:
     stored = read_entries(bench.subject.folder)
     features = {"stored_lm_head"} if config.get("tie_word_embeddings") and "lm_head.weight" in stored else set()
     features |= {"stored_inv_freq"} if any(key.endswith("rotary_emb.inv_freq") for key in stored) else set()
-    fused = any(name.endswith("linear_fc1.layer_norm_weight") for name in held)
-    topology = bench.case.topology
+    topology, side = bench.case.topology, BACKENDS[bench.case.backend]
+    # Local layers have norms of their own: so many names, so many columns.
+    local = side.name == "megatron" and not any(name.endswith("linear_fc1.layer_norm_weight") for name in held)
     groups = config.get("num_key_value_heads") or config["num_attention_heads"]
     plan = family.plan(
         "hf",
-        "megatron" if fused else "megatron_local",
+        side.name + "_local" * local,
         config,
         padded_vocab_size=topology.tp * -(-config["vocab_size"] // topology.tp),
-        padded_query_groups=topology.query_groups(groups, config["num_attention_heads"] // groups),
+        padded_query_groups=side.groups(topology, groups, config["num_attention_heads"] // groups),
         features=frozenset(features),
     )
     # Which of them holds a tensor depends on the stage and, where tp is larger than the groups, on the tp rank.
     places = [Mesh(topology, place) for place in topology.shards() if not place.cp + place.dp]
     plans = [plan.restrict(target=place) for place in places]
-    yield from ledgers.findings("tensors", list(ledgers.tensor_rows(plans, stored, held)))
+    yield from ledgers.findings("tensors", list(ledgers.tensor_rows(plans, stored, held, side.name)))
     fields = {name for rank in ranks for name in rank.fields}
     try:
-        rows = list(ledgers.config_rows(family.fields, config, fields))
+        dialect = family.dialect(side.name)
+        if dialect is None:
+            rows = list(ledgers.config_rows(family.fields, config, fields))
+        else:
+            rows = list(ledgers.dialect_rows(family.fields, dialect, config, fields))
     except ConfigError as error:  # another converter than ours may have taken it
         yield Measurement.proved("coverage, config", count=1, unit="configs", unproved=[str(error)])
         return

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from converters.topology import Topology
+from parity.backends import below_bf16
 from parity.causes import Cause
 from parity.diagnosis.held import Held, checkpoint
 from parity.diagnosis.pullback import Pullback
 from parity.observation import taps
 from parity.observation.activations import Floats, Reach, Yardstick, first_wrong, merged, reached
 from parity.observation.observe import DTYPES
+from parity.observation.quantised_hf import quantise
 from parity.probes import Probe
 from parity.statement.config import FREQUENCIES, Facts, activation_name, demanded, disagreement
 
@@ -136,6 +138,8 @@ def _yardsticks(failing: Failing, parts: Sequence[Part]) -> dict[str, Yardstick]
     with torch.no_grad():
         for part in parts:
             part.model(model)
+    if below_bf16(failing.precision):
+        quantise(model, failing.precision)
     return taps.yardsticks(model, failing.probe, failing.precision)
 
 

@@ -18,6 +18,7 @@ from parity.converter import Converter, Settings
 from parity.observation import observe
 from parity.probes import IGNORED, Ids, Probe
 
+BEAMS = 3
 Floats = npt.NDArray[np.float32]
 
 
@@ -52,6 +53,19 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beams:
+    """What beam search writes, the best beam of each prompt.
+
+    Args:
+        tokens: `[b n]`.
+        scores: `[b]` float32: mean log-probability of what was written.
+    """
+
+    tokens: Ids
+    scores: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
 class References:
     """transformers on a probe and on prompts.
 
@@ -62,6 +76,7 @@ class References:
         oracle: `[b s v]`: in float32 with the weights of the reduced precision; `None` in float32.
         texts: Of each batch of prompts, with the cache.
         oracles: `[b n v]`: the oracle along each of `texts`; none in float32.
+        beams: Of the first batch of prompts, in float32.
     """
 
     whole: Floats
@@ -70,6 +85,7 @@ class References:
     oracle: Floats | None
     texts: tuple[Text, ...]
     oracles: tuple[Floats, ...]
+    beams: Beams | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +97,21 @@ class Decoded:
         stepwise: `[b s v]`: a prompt, then token after token.
         parts: `[b s v]`: in parts of several tokens; `None` where layers take no mask.
         texts: Of each batch of prompts, with the cache; `None` for padded ones where layers take no mask.
+        paged: `[b s v]`: as `stepwise`, with a cache of pages; `None` where there is none.
+        beams: Of the first batch of prompts; `None` where the cache of beams is not asked for.
     """
 
     whole: Floats
     stepwise: Floats
     parts: Floats | None
     texts: tuple[Text | None, ...]
+    paged: Floats | None = None
+    beams: Beams | None = None
 
 
 def references(folder: Path, probe: Probe, prefill: int, prompts: Sequence[Prompt], precision: str) -> References:
     """Ask transformers: the probe whole, and one token at a time after `prefill`; and to continue each prompt."""
-    from transformers import DynamicCache, GenerationConfig
+    from transformers import DynamicCache
 
     def whole(**loading: Any) -> Floats:
         return observe.hf_observation(observe.hf_model(folder, dtype=precision, **loading), probe).logits
@@ -103,34 +123,55 @@ def references(folder: Path, probe: Probe, prefill: int, prompts: Sequence[Promp
     with torch.no_grad():
         for start, stop in one_by_one(prefill, asked.size(1)):
             pieces.append(model(asked[:, start:stop], past_key_values=cache, use_cache=True).logits)
-    # The checkpoint's own stop tokens would end a text early: only the count of tokens ends these.
-    model.generation_config = GenerationConfig()
-    texts = []
-    for prompt in prompts:
-        ids = torch.from_numpy(prompt.tokens)
-        visible = torch.arange(ids.size(1)) >= torch.tensor(prompt.padding)[:, None]
-        said: Any = model.generate(
-            input_ids=ids,
-            attention_mask=visible.long(),
-            generation_config=GenerationConfig(
-                max_new_tokens=prompt.new,
-                do_sample=False,
-                use_cache=True,
-                return_dict_in_generate=True,
-                output_logits=True,
-                pad_token_id=0,
-            ),
-        )
-        logits = torch.stack(said.logits, dim=1)
-        texts.append(Text(tokens=said.sequences[:, ids.size(1) :].numpy(), logits=logits.float().numpy()))
+    texts = [greedy(model, prompt) for prompt in prompts]
     return References(
         whole=observe.hf_observation(model, probe).logits,
         fused=whole(attention="sdpa"),
         cached=torch.cat(pieces, dim=1).float().numpy(),
         oracle=whole(oracle=True) if precision != "fp32" else None,
         texts=tuple(texts),
+        beams=beam_search(model, prompts[0]) if precision == "fp32" else None,
         oracles=() if precision == "fp32" else tuple(oracle_along(folder, prompts, texts, precision)),
     )
+
+
+def greedy(model: Any, prompt: Prompt) -> Text:
+    """The greedy continuation of each prompt, by transformers' `generate()` with the model's cache."""
+    said = _generated(model, prompt, output_logits=True)
+    logits = torch.stack(said.logits, dim=1)
+    return Text(tokens=said.sequences[:, prompt.tokens.shape[1] :].cpu().numpy(), logits=logits.float().cpu().numpy())
+
+
+def beam_search(model: Any, prompt: Prompt) -> Beams:
+    """The best of `BEAMS` continuations of each prompt: the cache is reordered at nearly each token."""
+    said = _generated(model, prompt, num_beams=BEAMS, output_scores=True)
+    return Beams(
+        tokens=said.sequences[:, prompt.tokens.shape[1] :].cpu().numpy(), scores=said.sequences_scores.cpu().numpy()
+    )
+
+
+def _generated(model: Any, prompt: Prompt, **options: Any) -> Any:
+    from transformers import GenerationConfig
+
+    ids = torch.from_numpy(prompt.tokens)
+    visible = torch.arange(ids.size(1)) >= torch.tensor(prompt.padding)[:, None]
+    device, own = next(model.parameters()).device, model.generation_config
+    # The checkpoint's own stop tokens would end a text early: only the count of tokens ends these.
+    model.generation_config = GenerationConfig()
+    said = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=visible.long().to(device),
+        generation_config=GenerationConfig(
+            max_new_tokens=prompt.new,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+            **options,
+        ),
+    )
+    model.generation_config = own
+    return said
 
 
 def oracle_along(folder: Path, prompts: Sequence[Prompt], texts: Sequence[Text], precision: str) -> list[Floats]:

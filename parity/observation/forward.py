@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parity.backends import below_bf16, held_in
 from parity.bounds import Spread, spread
 from parity.converter import Converter, Settings
 from parity.observation import backend
@@ -29,6 +30,7 @@ class Reference:
         loss: The same of the loss.
         together: What transformers says to a probe with segments as its users ask it, at once; `None` without segments.
         finite: Whether each evaluation gave numbers.
+        unquantised: Of the first probe, where products are quantised: how far the same model without that lies from it.
     """
 
     expected: Observation
@@ -36,6 +38,7 @@ class Reference:
     loss: Spread
     together: Observation | None
     finite: bool
+    unquantised: Spread | None = None
 
 
 def references(folder: Path, probes: Sequence[Probe], precision: str, rounded: str | None = None) -> list[Reference]:
@@ -49,7 +52,12 @@ def references(folder: Path, probes: Sequence[Probe], precision: str, rounded: s
     """
     model = hf_model(folder, dtype=rounded, oracle=True) if rounded else hf_model(folder, dtype=precision)
     oracle = None if precision == "fp32" else hf_model(folder, dtype=precision, oracle=True)
-    return [_reference(model, oracle, probe) for probe in probes]
+    found = [_reference(model, oracle, probe, calibrate=precision == "fp8-delayed") for probe in probes]
+    if not below_bf16(precision):
+        return found
+    first, plain = probes[0], hf_observation(hf_model(folder, dtype=held_in(precision)), probes[0])
+    apart = spread([plain.logits[first.compared]], found[0].expected.logits[first.compared])
+    return [replace(found[0], unquantised=apart), *found[1:]]
 
 
 def transformers(folder: Path, probes: Sequence[Probe], precision: str) -> list[Observation]:
@@ -70,9 +78,11 @@ def forward(
     return here if len(here) == len(said) else None
 
 
-def _reference(model: Any, oracle: Any | None, probe: Probe) -> Reference:
+def _reference(model: Any, oracle: Any | None, probe: Probe, *, calibrate: bool) -> Reference:
     whole = probe.segments is None
     ask = hf_observation if whole else hf_observation_apart
+    if calibrate:
+        hf_observation(model, probe)
 
     def evaluated(attention: str, how: Callable[[Any, Probe], Observation]) -> Observation:
         model.set_attn_implementation(attention)

@@ -25,8 +25,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parity.backends import below_bf16
 from parity.observation.lessons import Lesson, Recipe
 from parity.observation.observe import cross_entropy
+from parity.observation.quantised_hf import quantise
 from parity.probes import IGNORED
 
 Floats = npt.NDArray[np.float64]
@@ -42,6 +44,7 @@ class Way:
         attention: transformers' implementation.
         parts: A batch is taken in so many, the last first; gradients are added up in float32.
         split: Each matrix product is made of so many (see `_split_sums`).
+        quantised: The precision of matrix products in layers, where they are.
     """
 
     weights: torch.dtype = torch.float32
@@ -49,6 +52,7 @@ class Way:
     attention: Literal["eager", "sdpa"] = "eager"
     parts: int = 1
     split: int = 1
+    quantised: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ def reference(
         batches: One for each step.
         recipe: The optimizer's constants.
         file: Where the expected gradients of the first batch are written, as safetensors.
-        precision: `fp32` or `bf16`.
+        precision: A name of `parity.backends.PRECISIONS`.
         parts: Backward passes that a batch takes in the layout under test; in bfloat16 each rounds its gradients.
     """
     first = batches[:1]
@@ -106,6 +110,13 @@ def reference(
             (Way(), batches),
             (Way(attention="sdpa", parts=2, split=2), batches),
             (Way(parts=2, split=3), first),
+        ]
+    elif below_bf16(precision):
+        half = torch.bfloat16
+        size, true = _rms, (Way(weights=half), batches)
+        ways = [
+            (Way(weights=half, arithmetic=half, parts=parts, quantised=precision), batches),
+            (Way(weights=half, arithmetic=half, parts=parts, quantised=precision, attention="sdpa"), first),
         ]
     else:
         half = torch.bfloat16
@@ -180,7 +191,11 @@ def _course(folder: Path, batches: Sequence[Lesson], recipe: Recipe, way: Way) -
     model.to(way.arithmetic).eval()  # as regards dropout
     if way.split > 1:
         _split_sums(model, way.split)
+    if way.quantised:
+        quantise(model, way.quantised)
     masters = _Masters(model, way.weights)
+    if way.quantised == "fp8-delayed":  # scales come from what was seen before, of gradients too
+        backward(model, masters, batches[0], way)
     optimizer = adamw(list(masters.of.values()), recipe)
     first: dict[str, Tensor] = {}
     losses: list[Floats] = []

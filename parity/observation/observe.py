@@ -12,11 +12,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from parity.backends import QUANTISED, below_bf16
 from parity.observation.feeding import hidden_from, positions_of
+from parity.observation.quantised_hf import quantise
 from parity.probes import IGNORED, Probe
 
 Floats = npt.NDArray[np.float32]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+    **dict.fromkeys(QUANTISED, torch.bfloat16),
+}
+"""Of weights and activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +51,15 @@ def hf_model(folder: str | Path, *, dtype: str = "fp32", attention: str = "eager
 
     Args:
         folder: `config.json` and safetensors.
-        dtype: Of weights and activations: a name in `DTYPES`.
+        dtype: A name in `DTYPES`: of weights and activations, or of the matrix products in layers.
         attention: transformers' attention implementation: `eager` or `sdpa`.
         oracle: Compute in float32 with the weights of `dtype`, so that only the weights are rounded.
     """
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention).eval()
+    if below_bf16(dtype) and not oracle:
+        quantise(model, dtype)
     return model.float() if oracle else model
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from parity.converter import Converter, Settings
 from parity.observation.activations import LOGITS, PARTS, Floats, Yardstick, blocks, everything, yardstick
 from parity.observation.observe import array_of, hf_model, hf_observation
+from parity.observation.quantised_hf import restore
 from parity.probes import Probe
 
 Wanted = Callable[[str], bool]
@@ -71,12 +72,14 @@ def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everyt
     The order matters at the first token: attention has nothing to add up there, and activations are at their largest.
 
     Args:
-        model: A `LlamaForCausalLM` in `precision`. In bfloat16 it is float32 afterwards: that is the oracle.
+        model: A `LlamaForCausalLM` in `precision`. Below float32 it is float32 afterwards: that is the oracle.
         probe: One segment a row.
-        precision: `fp32` or `bf16`.
+        precision: A name of `parity.backends.PRECISIONS`.
         wanted: Which taps; logits always.
     """
     evaluations: list[dict[str, Floats]] = []
+    if precision == "fp8-delayed":
+        hf_observation(model, probe)  # scales come from what was seen before
     model.set_attn_implementation("eager")
     evaluations.append(said(model, probe, wanted))
     model.set_attn_implementation("sdpa")
@@ -85,7 +88,7 @@ def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everyt
     model.set_attn_implementation("eager")
     rows = [said(model, probe.alone(piece), wanted) for piece in probe.pieces]
     evaluations.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
-    oracle = said(model.float(), probe, wanted) if precision != "fp32" else {}
+    oracle = said(restore(model.float()), probe, wanted) if precision != "fp32" else {}
     return {name: yardstick([one[name] for one in evaluations], oracle.get(name)) for name in evaluations[0]}
 
 
@@ -144,3 +147,13 @@ def recording(modules: Mapping[str, Any], wanted: Wanted, value: Callable[[Any],
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def with_bias(output: Any) -> Tensor:
+    """A Megatron-Core or Transformer Engine module's output: some give their last bias, or their context, apart."""
+    if not isinstance(output, tuple):
+        tensor: Tensor = output
+        return tensor
+    first, second = output[:2]
+    whole: Tensor = first if second is None or second.dim() != 1 else first + second
+    return whole

@@ -62,7 +62,7 @@ def demanded(folder: Path) -> Facts:
                 "vocab_size",
             )
         },
-        ACTIVATION: _sampled(ACT2FN[config.hidden_act]),
+        ACTIVATION: sampled(ACT2FN[config.hidden_act]),
         FREQUENCIES: LlamaRotaryEmbedding(config).inv_freq.float().numpy(),
         "sliding_window": None,
     }
@@ -88,7 +88,7 @@ def answered(model: Any) -> Facts:
         "rms_norm_eps": eps[0] if len(eps) == 1 else tuple(eps) or config.layernorm_epsilon,
         "tie_word_embeddings": bool(model.share_embeddings_and_output_weights),
         "attention_dropout": float(config.attention_dropout),
-        ACTIVATION: _sampled(config.activation_func),
+        ACTIVATION: sampled(config.activation_func),
         "sliding_window": getattr(config, "window_size", None),
     }
     if not config.gated_linear_unit:
@@ -140,11 +140,11 @@ def activation_name(samples: Floats) -> str | None:
     """The function that `answered` has sampled, by the name that both sides know it by."""
     import torch
 
-    known = ((name, _sampled(getattr(torch.nn.functional, name))) for name in ACTIVATIONS)
+    known = ((name, sampled(getattr(torch.nn.functional, name))) for name in ACTIVATIONS)
     return next((name for name, values in known if _near(samples, values)), None)
 
 
-def _sampled(function: Callable[..., Any]) -> Floats:
+def sampled(function: Callable[..., Any]) -> Floats:
     import torch
 
     values: Floats = function(torch.linspace(-6, 6, 241)).detach().cpu().numpy()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from parity.findings import Account, Finding, Measurement
 
 if TYPE_CHECKING:
+    from converters.dialect import Dialect
     from converters.fields import FieldTable
     from converters.plan import Plan
 
@@ -19,13 +20,16 @@ UNACCOUNTED = "unaccounted"
 _CLASSES = {"same": "exact", "renamed": "exact", "derived": "derived", "fixed": "constant", "dropped": "dropped"}
 
 
-def tensor_rows(plans: Sequence[Plan], stored: Iterable[str], held: Iterable[str]) -> Iterator[Row]:
+def tensor_rows(
+    plans: Sequence[Plan], stored: Iterable[str], held: Iterable[str], side: str = "megatron"
+) -> Iterator[Row]:
     """The account of tensor names, layers taken together.
 
     Args:
-        plans: Hugging Face to every model chunk of Megatron-Core.
+        plans: Hugging Face to every model chunk of the backend.
         stored: Keys of the checkpoint.
         held: Names of parameters, over all ranks.
+        side: The backend's name.
     """
     there: dict[str, set[str]] = {}
     made: dict[str, set[str]] = {}
@@ -43,9 +47,9 @@ def tensor_rows(plans: Sequence[Plan], stored: Iterable[str], held: Iterable[str
             yield _classed(name, "hf", there.get(name, set()))
     held = {_pattern(name) for name in held}
     for name in sorted(held):
-        yield _classed(name, "megatron", made.get(name, set()))
+        yield _classed(name, side, made.get(name, set()))
     for name in sorted(set(made) - held):
-        yield _row(name, "megatron", UNACCOUNTED, "no rank holds it")
+        yield _row(name, side, UNACCOUNTED, "no rank holds it")
 
 
 def config_rows(fields: FieldTable, config: Mapping[str, Any], set_: Iterable[str]) -> Iterator[Row]:
@@ -84,6 +88,53 @@ def config_rows(fields: FieldTable, config: Mapping[str, Any], set_: Iterable[st
             yield _row(name, "megatron", "dropped", row.reason)
         else:
             yield _row(name, "megatron", UNACCOUNTED, "set, and no row of the ledger names it")
+
+
+def dialect_rows(fields: FieldTable, dialect: Dialect, config: Mapping[str, Any], set_: Iterable[str]) -> Iterator[Row]:
+    """The account of config fields where the backend's config is Hugging Face's, under another class name.
+
+    Args:
+        fields: The ledger's table, which knows every field of the family.
+        dialect: What the other class adds.
+        config: `config.json`.
+        set_: Fields of the model's config that are not at their default.
+
+    Raises:
+        ConfigError: The ledger refuses the config.
+    """
+    side, ledger = dialect.column, fields.to_megatron(config)
+    known = {name for entry in ledger.entries for name in entry.hf}
+    spelled = {path: one.name for one in fields.fields for path in one.paths}
+    parents = {path.rpartition(".")[0] for path in spelled if "." in path}
+    leaves = set(_leaves(config, parents))
+    renamed = {"model_type": dialect.model_type, "architectures": f"{dialect.prefix}..."}
+    for path in sorted(leaves):
+        if spelled.get(path, path) not in known:
+            yield _row(path, "hf", UNACCOUNTED, "no row of the ledger uses it")
+        elif path in renamed:
+            yield _row(path, "hf", "derived", f"became {renamed[path]}")
+        else:
+            yield _row(path, "hf", "exact", "")
+    options = {option.name: option for option in dialect.options}
+    for name in sorted({*set_, *options}):
+        if name in options:
+            yield _row(name, side, "constant", options[name].why)
+        elif name in _OF_A_CLASS:
+            yield _row(name, side, "derived", _OF_A_CLASS[name])
+        elif name in {one.name for one in fields.fields} | parents | leaves:
+            yield _row(name, side, "exact", "")
+        else:
+            yield _row(name, side, UNACCOUNTED, "set, and neither Hugging Face nor the dialect knows it")
+
+
+_OF_A_CLASS = {
+    "model_type": "of the class",
+    "architectures": "the names of the classes",
+    "dtype": "the precision that was asked for",
+    "transformers_version": "of the library that made the object",
+    "_name_or_path": "where the object was read from",
+}
+"""Fields that transformers sets on the object itself."""
 
 
 def findings(title: str, rows: Sequence[Row]) -> Iterator[Finding]:

@@ -6,6 +6,8 @@ from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from index_arrays import coded, convert, run, same
 
 from converters.models import llama
@@ -38,7 +40,7 @@ def groups(topology: Topology) -> dict[str, int]:
     return {"padded_query_groups": topology.query_groups(2, 4)}
 
 
-@pytest.mark.parametrize("column", ["megatron", "megatron_local"])
+@pytest.mark.parametrize("column", ["megatron", "megatron_local", "te"])
 @pytest.mark.parametrize("features", MODELS, ids=lambda f: "-".join(sorted(f)) or "plain")
 def test_every_switch_is_proved_in_both_directions(features: frozenset[str], column: str) -> None:
     for mesh in (None, *MESHES[:2], MESHES[3]):
@@ -56,6 +58,49 @@ def test_tensors_survive_the_way_through_the_ranks(features: tuple[str, ...], me
     tensors = coded(there.source_tensors)
     shards = convert(there, {None: tensors}, target=mesh)
     assert same(convert(there.inverse(), shards, source=mesh)[None], tensors)
+
+
+@pytest.mark.parametrize("features", MODELS, ids=lambda f: "-".join(sorted(f)) or "plain")
+def test_te_on_the_way_changes_nothing(features: frozenset[str]) -> None:
+    for column in ("megatron", "megatron_local"):
+        straight = plan("hf", column, features)
+        tensors = coded(straight.source_tensors)
+        between = run(plan("hf", "te", features), tensors)
+        assert same(run(plan("te", column, features), between), run(straight, tensors))
+        assert same(run(plan(column, "te", features), run(straight, tensors)), between)
+
+
+@st.composite
+def quantities(draw: st.DrawFn) -> tuple[dict[str, int], Topology]:
+    """The sizes of a model that fits tp, as both Megatron-Core and Transformer Engine can cut it."""
+    mesh = Topology(tp=draw(st.sampled_from((1, 2, 4, 8))), dp=draw(st.integers(1, 2)))
+    group, rep, dim = draw(st.integers(1, 5)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 2))
+    vocab = draw(st.integers(1, 11))
+    return {
+        **{"num_hidden_layers": draw(st.integers(1, 2)), "hidden_size": draw(st.integers(1, 5))},
+        **{"intermediate_size": mesh.tp * draw(st.integers(1, 3)), "num_key_value_heads": group},
+        **{"padded_query_groups": mesh.whole_query_groups(group), "num_attention_heads": group * rep},
+        **{"head_dim": dim, "rotary_dims": dim // 2},
+        **{"vocab_size": vocab, "padded_vocab_size": -(-vocab // mesh.tp) * mesh.tp},
+    }, mesh
+
+
+@given(quantities(), st.sampled_from(MODELS))
+@settings(max_examples=30, deadline=None)
+def test_te_over_ranks_changes_nothing(case: tuple[dict[str, int], Topology], features: frozenset[str]) -> None:
+    sizes, mesh = case
+    there, onward, straight = (
+        plan(source, target, features, **sizes)
+        for source, target in (("hf", "te"), ("te", "megatron"), ("hf", "megatron"))
+    )
+    there.prove(target=mesh).check()
+    onward.prove(source=mesh, target=mesh).check()
+    tensors = coded(there.source_tensors)
+    held = convert(there, {None: tensors}, target=mesh)
+    wanted = convert(straight, {None: tensors}, target=mesh)
+    moved = convert(onward, held, source=mesh, target=mesh)
+    assert all(same(moved[place], wanted[place]) for place in wanted)
+    assert same(convert(there.inverse(), held, source=mesh)[None], tensors)
 
 
 def test_ghost_groups_and_tp_larger_than_the_groups() -> None:

@@ -9,8 +9,8 @@ import tiny_llama
 import torch
 
 from converters.errors import ConfigError
-from converters.megatron.attention import zigzag_order, zigzag_positions, zigzag_split, zigzag_unsplit
 from converters.topology import Topology
+from converters.zigzag import zigzag_order, zigzag_positions, zigzag_split, zigzag_unsplit
 from parity.ranks import RankFailure, Zygote
 
 

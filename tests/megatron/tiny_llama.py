@@ -207,9 +207,9 @@ def backward(tiny: Tiny, topology: Topology) -> float:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from converters.megatron.attention import zigzag_split
     from converters.megatron.parallel import current_coord
     from converters.megatron.provider import unwrap
+    from converters.zigzag import zigzag_split
     from parity.statement.weights import expected_shard
 
     expected = hf_gradients(tiny)

@@ -68,10 +68,7 @@ class Direction:
         history = self.amax_history
         history[0] = newest
         algo = recipe.amax_compute_algo
-        if callable(algo):
-            amax = algo(history)
-        else:
-            amax = history[0].clone() if algo == "most_recent" else history.amax(0)
+        amax = algo(history) if callable(algo) else history[0].clone() if algo == "most_recent" else history.amax(0)
         if len(history) > 1:
             history.copy_(history.roll(-1, 0))
         history[0] = 0

@@ -53,7 +53,7 @@ class FloatFormat:
     def decode(self, codes: Tensor) -> Tensor:
         """The values of `codes` (uint8), exactly, in fp32."""
         if self.dtype is None:
-            return torch.tensor(E2M1_VALUES)[codes.long()]
+            return torch.tensor(E2M1_VALUES).index_select(0, codes.flatten().int()).view(codes.shape)
         return codes.view(self.dtype).float()
 
     def spacing(self, values: Tensor) -> Tensor:
@@ -74,8 +74,11 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 
 
 def _encode_e2m1(values: Tensor) -> Tensor:
-    magnitude = values.abs().nan_to_num(nan=6.0).clamp(max=6.0)
-    return _from_steps(magnitude, torch.round(_in_steps(magnitude)), values)
+    magnitude, bits = _magnitude(values)
+    # Below 1 the steps are of 1/2; above, the bits are rounded after the first of the mantissa.
+    small = (magnitude * 2).round_().int()
+    rounded = (bits >> 22).bitwise_and_(1).add_(bits).add_(0x1FFFFF)
+    return _e2m1(magnitude, small, rounded, values)
 
 
 def encode_e2m1_stochastic(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -88,20 +91,21 @@ def encode_e2m1_stochastic(values: Tensor, generator: torch.Generator | None = N
     Returns:
         uint8 codes. Reproducible under a seed; the GPU's own random bits are not reproduced.
     """
-    magnitude = values.abs().nan_to_num(nan=6.0).clamp(max=6.0)
-    steps = _in_steps(magnitude)
-    chance = torch.rand(values.shape, generator=generator, dtype=torch.float32, device=values.device)
-    return _from_steps(magnitude, torch.floor(steps) + (chance < steps - torch.floor(steps)), values)
+    magnitude, bits = _magnitude(values)
+    chance = torch.randint(1 << 22, values.shape, generator=generator, dtype=torch.int32)
+    small = torch.floor(magnitude.double() * 2 + chance * 2.0**-22).int()
+    return _e2m1(magnitude, small, bits + chance, values)
 
 
-def _in_steps(magnitude: Tensor) -> Tensor:
-    # Steps of 1/2 below 2, of 1 below 4, of 2 above; an even number of steps is an even mantissa in each range.
-    return torch.where(magnitude < 2, magnitude * 2, torch.where(magnitude < 4, magnitude, magnitude * 0.5))
+def _magnitude(values: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = values.abs().nan_to_num_(nan=6.0, posinf=6.0).clamp_(max=6.0)
+    return magnitude, magnitude.view(torch.int32)
 
 
-def _from_steps(magnitude: Tensor, steps: Tensor, signed: Tensor) -> Tensor:
-    code = steps + torch.where(magnitude < 2, 0, torch.where(magnitude < 4, 2, 4))
-    return (code + 8 * torch.signbit(signed)).to(torch.uint8)
+def _e2m1(magnitude: Tensor, small: Tensor, rounded: Tensor, signed: Tensor) -> Tensor:
+    # Exponent 127 with an empty mantissa is 1.0, code 2.
+    code = torch.where(magnitude < 1, small, rounded.bitwise_right_shift_(22).sub_(252))
+    return code.bitwise_or_((signed.view(torch.int32) >> 28).bitwise_and_(8)).to(torch.uint8)
 
 
 def pack(codes: Tensor) -> Tensor:

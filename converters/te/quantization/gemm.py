@@ -116,7 +116,7 @@ class QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """dgrad from the gradient's rows and the weight's columns, wgrad from both operands' columns."""
+        """The dgrad GEMM (gradient rowwise, weight columnwise) and the wgrad GEMM (both columnwise)."""
         (grad,) = grads
         grad = grad.reshape(-1, grad.shape[-1])
         dx = dweight = dbias = None

@@ -28,4 +28,5 @@ def matrix() -> Tensor:
 
 def transform(x: Tensor) -> Tensor:
     """Each 16 elements of the last dimension times the matrix, rounded once to the dtype of `x`."""
-    return (x.float().unflatten(-1, (-1, SIZE)) @ matrix()).flatten(-2).to(x.dtype)
+    blocks = x.float().reshape(*x.shape[:-1], -1, SIZE)
+    return (blocks @ matrix()).flatten(-2).to(x.dtype)

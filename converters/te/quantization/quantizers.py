@@ -84,9 +84,7 @@ class CurrentQuantizer:
     def quantize(self, x: Tensor, *, columnwise: bool = False) -> Quantized:
         amax = amax_of(x)
         x = x if self.rounded is None else x.to(self.rounded)
-        scale = scale_of(
-            amax, largest=self.format.largest, epsilon=self.epsilon, power_of_two=self.power_of_two
-        )
+        scale = scale_of(amax, largest=self.format.largest, epsilon=self.epsilon, power_of_two=self.power_of_two)
         result = _per_tensor(x, scale, amax, self.format)
         return result.transposed() if columnwise else result
 
@@ -181,9 +179,14 @@ class NVFP4Quantizer:
         """See `Quantizer.quantize`.
 
         Raises:
-            ConversionError: A dimension that is not a multiple of 16.
+            ConversionError: A dimension that is not a multiple of 16, or another dtype than bf16 before a transform.
         """
         _require(x, 16, "NVFP4")
+        if self.transform and x.dtype != torch.bfloat16:
+            raise ConversionError(
+                f"NVFP4 transforms bfloat16 tensors alone, found {x.dtype}: use bfloat16 parameters and activations, "
+                "or NVFP4BlockScaling(disable_rht=True)"
+            )
         x = x.T if columnwise else x
         if self.transform and columnwise:
             x = hadamard.transform(x)

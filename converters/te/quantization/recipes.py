@@ -89,7 +89,7 @@ def scheme_of(recipe: Any) -> str:
         raise ConversionError(
             f"the reference of Transformer Engine's layers has no recipe {name}; it has {', '.join(sorted(names))}"
         )
-    refused = {"fp8_dpa": False, "fp8_mha": False, "backward_override": None}
+    refused: dict[str, Any] = {"fp8_dpa": False, "fp8_mha": False, "backward_override": None}
     refused |= {"row_scaled_activation": False, "nvfp4_4over6": "none"} if name.startswith("NVFP4") else {}
     wrong = [
         f"{field}={getattr(recipe, field)!r}"

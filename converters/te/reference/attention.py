@@ -197,7 +197,7 @@ class DotProductAttention(Layer):
             raise ConversionError(
                 f"packed (thd) sequences need self_attn_mask_type 'padding' or 'padding_causal', found {kind!r}"
             )
-        if distributed.world_size(self.cp_group) > 1:
+        if self.cp_group is not None and distributed.world_size(self.cp_group) > 1:
             from converters.te.reference import context
 
             return context.attention(
@@ -213,6 +213,8 @@ class DotProductAttention(Layer):
                 cu_seqlens_kv=cu_seqlens_kv,
                 cu_seqlens_q_padded=cu_seqlens_q_padded,
                 cu_seqlens_kv_padded=cu_seqlens_kv_padded,
+                pad_between_seqs=pad_between_seqs,
+                dropout=self.attention_dropout if self.training else 0.0,
                 inference_params=inference_params,
             )
         if layout == "sbhd":

@@ -52,6 +52,18 @@ def reduce_scatter(x: Tensor, group: Group | None) -> Tensor:
     return x if world_size(group) == 1 else _apply(_ReduceScatter, x, group)
 
 
+def split(x: Tensor, group: Group | None) -> Tensor:
+    """This rank's part along dim 0 of what every rank holds whole; the gradient is gathered."""
+    return x if world_size(group) == 1 else _apply(_Split, x, group)
+
+
+def join(x: Tensor, group: Group | None, dim: int = 0) -> Tensor:
+    """The ranks' parts along `dim`, for a use that every rank repeats: the gradient, equal on all, is cut again."""
+    if world_size(group) == 1:
+        return x
+    return _apply(_Join, x.movedim(dim, 0), group).movedim(0, dim)
+
+
 def require_group(owner: str, group: Group | None, size: int) -> None:
     """Refuse to run a tensor-parallel layer that has not been given its group.
 
@@ -136,3 +148,29 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_gather(gradient, ctx.group), None
+
+
+def _part(x: Tensor, group: Group) -> Tensor:
+    return x.chunk(dist.get_world_size(group))[dist.get_rank(group)].contiguous()
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _part(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(gradient, ctx.group), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _part(gradient, ctx.group), None

@@ -40,7 +40,7 @@ class Module(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but quantised weights, which are made anew: copies must not share them."""
-        return super().__getstate__() | {"_quantized": {}}  # type: ignore[operator,no-any-return]
+        return self.__dict__ | {"_quantized": {}}
 
     def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, index: int = 0) -> Tensor:
         """`x @ weight.T + bias`, forward and backward in the recipe of the enclosing `autocast`, if there is one.
@@ -78,7 +78,7 @@ class Module(torch.nn.Module):
         elif not learns and isinstance(weight, torch.nn.Parameter) and not weight.is_inference():
             quantized = self._cached(operands.weight, weight, index)
         after = _end_backward if learns and state.take_first() else None
-        out = QuantizedLinear.apply(x, weight, bias, operands, quantized, after)
+        out = QuantizedLinear.apply(x, weight, bias, operands, quantized, after)  # type: ignore[no-untyped-call]
         assert isinstance(out, Tensor)
         return out
 
@@ -139,7 +139,7 @@ class Module(torch.nn.Module):
             quantizer.amax.copy_(amax_of(operand))
 
     def _cached(self, quantizer: Quantizer, weight: Tensor, index: int) -> QuantizedWeight:
-        key: Hashable = quantizer
+        key: Hashable = repr(quantizer)
         if isinstance(quantizer, DelayedQuantizer):
             key = (quantizer.format, float(quantizer.scale))
         found = self._unchanged(weight, index, key)

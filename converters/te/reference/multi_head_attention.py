@@ -98,6 +98,8 @@ class MultiheadAttention(torch.nn.Module):
         self.queries_per_group = part(num_attention_heads, groups, what=f"num_attention_heads (over {groups} groups)")
         self.groups = part(groups, self.tp_size, what="num_gqa_groups")
         self.head_dim = kv_channels if kv_channels else hidden_size // num_attention_heads
+        # By Transformer Engine's names, from which a cache takes its sizes.
+        self.num_gqa_groups_per_partition, self.hidden_size_per_attention_head = self.groups, self.head_dim
         split = {"query": num_attention_heads, "key": groups, "value": groups}
         shared: dict[str, Any] = {
             "tp_group": tp_group,

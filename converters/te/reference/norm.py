@@ -113,7 +113,9 @@ class RMSNorm(Layer):
         self.add("weight", torch.empty(normalized_shape, dtype=dtype, device=device), slot)
         self.reset_parameters(defer_init=self.weight.is_meta)
 
-    def forward(self, inp: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[... h]` to `[... h]` in the dtype of the weight."""
         weight = self.weight
-        return normalize(inp.to(weight.dtype), weight, None, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma)
+        return normalize(
+            input.to(weight.dtype), weight, None, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma
+        )

@@ -68,7 +68,7 @@ def packed_spans(
     if cu_seqlens is None or cu_seqlens.dtype != torch.int32 or (padded is not None and padded.dtype != torch.int32):
         found = ["none" if one is None else str(one.dtype) for one in (cu_seqlens, padded)]
         raise ConversionError(
-            "packed (thd) sequences need cu_seqlens_q and cu_seqlens_kv in int32, and so their _padded ones where there "
+            "packed (thd) sequences need int32 cu_seqlens_q and cu_seqlens_kv, and their _padded ones where there "
             f"is padding; found {found[0]}, padded {found[1]}"
         )
     ends = cu_seqlens.tolist()

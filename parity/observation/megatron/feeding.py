@@ -39,7 +39,7 @@ class Batches:
         """Micro-batches as this rank sees them."""
         from megatron.core import parallel_state
 
-        from converters.megatron.attention import zigzag_split
+        from converters.zigzag import zigzag_split
 
         device, rank = torch.cuda.current_device(), parallel_state.get_context_parallel_rank()
         for part in torch.arange(len(self.tokens)).chunk(self.count):

@@ -116,7 +116,7 @@ def _over_context(part: Tensor, size: int) -> Tensor:
     """This rank's part `[b s/cp ...]` of the sequence, with the other ranks' put into order: `[b s ...]`."""
     from megatron.core import parallel_state
 
-    from converters.megatron.attention import zigzag_unsplit
+    from converters.zigzag import zigzag_unsplit
 
     if size == 1:
         return part

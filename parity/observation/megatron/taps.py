@@ -14,7 +14,7 @@ from parity.converter import Settings
 from parity.observation.activations import PARTS, Floats, everything
 from parity.observation.megatron.observe import megatron_observation
 from parity.observation.observe import Observation, array_of
-from parity.observation.taps import Taps, Wanted, recording
+from parity.observation.taps import Taps, Wanted, recording, with_bias
 from parity.probes import Probe
 
 
@@ -52,7 +52,7 @@ def megatron_taps(chunks: Sequence[torch.nn.Module], wanted: Wanted = everything
             modules |= {f"layers.{n}.{part}": module for part, module in zip(PARTS, parts, strict=True)}
             modules[f"layers.{n}"] = layer
     held = {name: module for name, module in modules.items() if not isinstance(module, IdentityOp)}
-    with recording(held, wanted, _with_bias) as taps:
+    with recording(held, wanted, with_bias) as taps:
         yield taps
 
 
@@ -73,8 +73,8 @@ def whole(taps: Taps, topology: Topology, batch: int, length: int) -> dict[str, 
     """
     from megatron.core import parallel_state
 
-    from converters.megatron.attention import zigzag_unsplit
     from converters.megatron.parallel import current_coord
+    from converters.zigzag import zigzag_unsplit
 
     here = current_coord()
     out: dict[str, Floats] = {}
@@ -88,16 +88,6 @@ def whole(taps: Taps, topology: Topology, batch: int, length: int) -> dict[str, 
         if here == Coord(pp=here.pp):
             out[name] = array_of(tensor.transpose(0, 1)[:batch, :length])
     return out
-
-
-def _with_bias(output: Any) -> Tensor:
-    """A Megatron-Core module's output: attention and MLP give their last bias apart, a layer gives its context too."""
-    if not isinstance(output, tuple):
-        tensor: Tensor = output
-        return tensor
-    first, second = output[:2]
-    whole: Tensor = first if second is None or second.dim() != 1 else first + second
-    return whole
 
 
 def _gathered(part: Tensor, group: Any) -> Tensor:

@@ -155,7 +155,7 @@ def forward_backward(chunks: Sequence[Any], lesson: Lesson, topology: Topology) 
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from converters.megatron.attention import zigzag_split
+    from converters.zigzag import zigzag_split
 
     deal, cp, tp = Deal.of(topology), topology.cp, topology.tp
     multiple = math.lcm(2 * cp if cp > 1 else 1, cp * tp if topology.sp else 1)
