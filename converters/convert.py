@@ -225,4 +225,5 @@ def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     try:
         yield written
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()

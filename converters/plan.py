@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from converters.table import Rule, Table
 
 Kind = Literal["move", "tie", "verify"]
+Side = Literal["source", "target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,9 @@ class Plan:
         features: Features of the model.
         source_mesh: The place whose tensors are read; `None` reads whole tensors.
         target_mesh: The place whose tensors are written; `None` writes whole tensors.
+        source_padding: Sizes of axes of padding that are not those of `sizes` in what is read. They are in constants
+            alone, so the two sides need not agree.
+        target_padding: Likewise in what is written.
     """
 
     table: Table
@@ -134,6 +138,8 @@ class Plan:
     features: frozenset[str]
     source_mesh: Mesh | None = None
     target_mesh: Mesh | None = None
+    source_padding: Mapping[str, int] = field(default_factory=dict)
+    target_padding: Mapping[str, int] = field(default_factory=dict)
 
     def inverse(self) -> Plan:
         """The plan that undoes this one: columns and meshes exchanged."""
@@ -143,6 +149,8 @@ class Plan:
             target=self.source,
             source_mesh=self.target_mesh,
             target_mesh=self.source_mesh,
+            source_padding=self.target_padding,
+            target_padding=self.source_padding,
         )
 
     def restrict(self, *, source: Mesh | None = None, target: Mesh | None = None) -> Plan:
@@ -157,12 +165,12 @@ class Plan:
     @cached_property
     def source_tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is read, dropped ones included."""
-        return self._tensors(self.source, self.source_mesh)
+        return self._tensors("source")
 
     @cached_property
     def target_tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is written."""
-        return self._tensors(self.target, self.target_mesh, dropped=False)
+        return self._tensors("target", dropped=False)
 
     @cached_property
     def drops(self) -> dict[str, str]:
@@ -200,12 +208,12 @@ class Plan:
     @cached_property
     def fills(self) -> tuple[Fill, ...]:
         """Constants to write into the target."""
-        return tuple(self._constants(self.target, self.target_mesh))
+        return tuple(self._constants("target"))
 
     @cached_property
     def constants(self) -> tuple[Fill, ...]:
         """Constants that the source must hold."""
-        return tuple(self._constants(self.source, self.source_mesh))
+        return tuple(self._constants("source"))
 
     @property
     def elements(self) -> int:
@@ -268,28 +276,37 @@ class Plan:
                 return row.columns[name]
         return ()
 
-    def _tensors(self, column: str, mesh: Mesh | None, dropped: bool = True) -> dict[str, tuple[int, ...]]:
+    def _of(self, side: Side) -> tuple[str, Mapping[str, int], Mesh | None]:
+        """Column, sizes and place of a side."""
+        if side == "source":
+            return self.source, {**self.sizes, **self.source_padding}, self.source_mesh
+        return self.target, {**self.sizes, **self.target_padding}, self.target_mesh
+
+    def _tensors(self, side: Side, dropped: bool = True) -> dict[str, tuple[int, ...]]:
+        column, sizes, mesh = self._of(side)
         return {
-            key: layout.shape(self.sizes, mesh)
+            key: layout.shape(sizes, mesh)
             for row in self.rules
             if dropped or not isinstance(row.value, Drop)
             for layout in self._layouts(row, column)
-            for key in layout.keys(self.sizes, mesh)
+            for key in layout.keys(sizes, mesh)
         }
 
-    def _cells(self, layouts: tuple[Layout, ...], mesh: Mesh | None, constant: bool) -> list[tuple[Layout, Cell]]:
+    def _cells(self, layouts: tuple[Layout, ...], side: Side, constant: bool) -> list[tuple[Layout, Cell]]:
+        _, sizes, mesh = self._of(side)
         return [
             (layout, cell)
             for layout in layouts
-            for cell in layout.cells(self.sizes, mesh)
+            for cell in layout.cells(sizes, mesh)
             if bool(cell.name & set(self.table.constants)) == constant
         ]
 
-    def _constants(self, column: str, mesh: Mesh | None) -> Iterator[Fill]:
+    def _constants(self, side: Side) -> Iterator[Fill]:
+        column, _, mesh = self._of(side)
         for row in self.rules:
             if isinstance(row.value, Tie) and not self._on(row.value.column, column):
                 continue  # the other side of a tie is another rule's tensor, and that rule fills it
-            for layout, cell in self._cells(self._layouts(row, column), mesh, constant=True):
+            for layout, cell in self._cells(self._layouts(row, column), side, constant=True):
                 (marker,) = cell.name & set(self.table.constants)
                 numbered = {axis for box in cell.fields for axis in box.strides}
                 loose = [(axis, range(*cell.ranges[axis])) for axis in sorted(numbered)]
@@ -330,9 +347,9 @@ class Plan:
     ) -> Iterator[Copy]:
         """The copies between all cells of equal names."""
         sources: dict[frozenset[str], list[tuple[Layout, Cell]]] = {}
-        for layout, cell in self._cells(source_layouts, self.source_mesh, constant=False):
+        for layout, cell in self._cells(source_layouts, "source", constant=False):
             sources.setdefault(cell.name, []).append((layout, cell))
-        for into, target in self._cells(target_layouts, self.target_mesh, constant=False):
+        for into, target in self._cells(target_layouts, "target", constant=False):
             for out_of, source in sources.get(target.name, ()):
                 ranges = _intersection(source.ranges, target.ranges)
                 if ranges is None:

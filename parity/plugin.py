@@ -137,6 +137,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if state.options.against is not None:
             config_of(state.options.against)
         state.cases, state.left_out = matrix(state.options, config_of)
+        if any(case.backend == "te" for case in state.cases) and state.options.converter != converter.OWN:
+            reason = converter.without_te(converter.find(state.options.converter))
+            without = [case for case in state.cases if reason and case.backend == "te"]
+            state.left_out += [(case.id, reason) for case in without]
+            state.cases = [case for case in state.cases if case not in without]
     except ConversionError as error:
         raise pytest.UsageError(f"--model {','.join(state.options.models)}: {error}") from error
     if not state.cases:

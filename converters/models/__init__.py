@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converters.dialect import Dialect
 from converters.errors import ConfigError, near
 from converters.fields import FieldTable
 from converters.models import llama, llama_fields
-from converters.plan import Plan
+from converters.plan import Plan, Side
 from converters.table import Table
 
 
@@ -63,6 +63,7 @@ class Family:
         *,
         padded_vocab_size: int | None = None,
         padded_query_groups: int | None = None,
+        unpadded: Side | None = None,
         features: frozenset[str] = frozenset(),
     ) -> Plan:
         """The plan between two columns for the model that `config` (a `config.json`) describes.
@@ -73,6 +74,7 @@ class Family:
             config: The config, of any column.
             padded_vocab_size: Rows of the embedding of Megatron or TE over all ranks; by default no padding.
             padded_query_groups: Their key-value groups, with groups of zeros; by default none.
+            unpadded: The side that has none of this padding: a folder, of a model that is padded in memory.
             features: Features beyond those that the config switches on (what a checkpoint stores besides).
 
         Raises:
@@ -84,9 +86,16 @@ class Family:
             "padded_vocab_size": padded_vocab_size or hf["vocab_size"],
             "padded_query_groups": padded_query_groups or hf["num_key_value_heads"],
         }
-        known = {name: quantities[name] for name in self.table.sizes}
+        sizes = self.table.solve({name: quantities[name] for name in self.table.sizes})
         on = {name for name in self.table.features if hf.get(name) is True}
-        return self.table.plan(source, target, sizes=self.table.solve(known), features=features | on)
+        plan = self.table.plan(source, target, sizes=sizes, features=features | on)
+        if unpadded is None:
+            return plan
+        plain = {"padded_vocab_size": hf["vocab_size"], "padded_query_groups": hf["num_key_value_heads"]}
+        bare = self.table.solve({name: {**quantities, **plain}[name] for name in self.table.sizes})
+        padding = {axis: size for axis, size in bare.items() if size != sizes[axis]}
+        source_padding, target_padding = (padding, {}) if unpadded == "source" else ({}, padding)
+        return replace(plan, source_padding=source_padding, target_padding=target_padding)
 
 
 FAMILIES = (

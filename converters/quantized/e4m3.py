@@ -76,7 +76,7 @@ def spread(scales: torch.Tensor, block: Block, at: slice, shape: torch.Size) -> 
 
 
 def encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The nearest codes, ties to even, saturating: e4m3 has no infinity, and torch's own cast gives NaN."""
+    """The nearest codes, ties to even, saturating: not every torch's own cast does."""
     return (values.float() / scales).clamp(-MAX, MAX).to(CODES)
 
 

@@ -26,7 +26,7 @@ def reorder_rows(manager: Any, order: Sequence[int]) -> None:
     Raises:
         CacheError: Not one entry for each row held, or a row that there is not.
     """
-    names = list(manager.sequences)
+    names = _rows(manager)
     if len(order) != len(names) or not all(0 <= row < len(names) for row in order):
         raise CacheError(
             f"a new order of the cache's {len(names)} sequences names one of rows 0 to {len(names) - 1} for each; "
@@ -69,7 +69,7 @@ def _reorder_pages(manager: Any, names: list[int], order: Sequence[int]) -> None
         for pair in manager.cache.values():
             for one in pair:
                 one[torch.as_tensor(targets, device=one.device)] = one[torch.as_tensor(sources, device=one.device)]
-    manager.page_table = manager.get_page_table(names)
+    manager.page_table = manager.get_page_table(list(manager.sequences))
 
 
 def remove_last(manager: Any, count: int) -> None:
@@ -78,9 +78,9 @@ def remove_last(manager: Any, count: int) -> None:
     Raises:
         CacheError: A row holds fewer.
     """
-    if short := {name: length for name, length in manager.sequences.items() if length < count}:
+    if short := {name: manager.sequences[name] for name in _rows(manager) if manager.sequences[name] < count}:
         raise CacheError(f"cannot take back {count} tokens: sequences hold {short}")
-    for name in manager.sequences:
+    for name in _rows(manager):
         manager.sequences[name] -= count
         if hasattr(manager, "page_table"):
             keep = -(-manager.sequences[name] // manager.page_size)
@@ -90,3 +90,8 @@ def remove_last(manager: Any, count: int) -> None:
             del manager.allocated_pages[name][keep:]
     if hasattr(manager, "page_table"):
         manager.page_table = manager.get_page_table(list(manager.sequences))
+
+
+def _rows(manager: Any) -> list[int]:
+    """The ids of the batch's sequences: negative ones are padding of a step, which always comes last."""
+    return [name for name in manager.sequences if name >= 0]

@@ -21,6 +21,7 @@ def cached(
     layout: str,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    multiple: int = 1,
 ) -> Arrangement:
     """New tokens `[rows columns]`, which the cache is told of (`pre_step`); rows are its sequences 0 to `rows - 1`.
 
@@ -32,6 +33,8 @@ def cached(
         layout: `bshd` or `thd`.
         attention_mask: `[rows columns]` of the new tokens, or `[rows total]` of all.
         position_ids: `[rows columns]`, from the first token of each sequence; only checked, the cache counts by itself.
+        multiple: Of which tokens are to be (FP8 GEMMs want it). In thd a sequence of padding fills them up, which the
+            cache has to have room for; it lives for this step alone. In bshd rows become longer.
 
     Raises:
         InputError: A mask or positions that contradict what the cache holds.
@@ -50,14 +53,18 @@ def cached(
                 f"position_ids that are not the number of tokens before each: the cache holds {held} tokens, and its "
                 "sequences begin at position 0. Leave position_ids out, or reset() the cache"
             )
-    cache.pre_step(OrderedDict(enumerate(counts)))
+    announced = OrderedDict(enumerate(counts))
+    if layout == "thd" and sum(counts) % multiple:
+        announced[-2 if -1 in cache.sequences else -1] = -sum(counts) % multiple  # new each time
+    cache.pre_step(announced)
     if seen is not None:
         cache.columns = seen + columns
-    table = torch.arange(max(map(sum, zip(held, counts, strict=True))) + columns, device=device)
+    wide = columns if rows * columns % multiple == 0 else columns + -columns % multiple
+    table = torch.arange(max(map(sum, zip(held, counts, strict=True))) + wide, device=device)
     source = keep.flatten().nonzero().flatten()
     options = {"self_attn_mask_type": "padding_causal", "inference_params": cache}
     if layout == "thd":
-        made = packing(rows, columns, source, lengths, table, 1)
+        made = packing(rows, columns, source, lengths, table, multiple)
         return replace(made, options={**made.options, **options})
     row = source // columns
     within = torch.arange(len(source), device=device) - (lengths.cumsum(0) - lengths)[row]
@@ -67,8 +74,8 @@ def cached(
         positions=table,
         options=options,
         source=source,
-        slot=row * columns + within,
-        shape=(rows, columns),
+        slot=row * wide + within,
+        shape=(rows, wide),
     )
 
 

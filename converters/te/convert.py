@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,18 +15,28 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from converters import artefacts, collective, execute, export
+from converters import artefacts, execute, export
 from converters.checkpoint import Checkpoint
-from converters.convert import check_frequencies, convert_folder
+from converters.convert import check_frequencies
 from converters.errors import CheckpointError, ConfigError, TopologyError
 from converters.execute import Only, Transfer
 from converters.models import Family, family_of
 from converters.plan import Plan
 from converters.te.config import NVLlamaConfig
+from converters.te.megatron import megatron_to_te, te_to_megatron
 from converters.te.modeling import NVLlamaForCausalLM
 from converters.te.parallel import Parallel
 from converters.te.stores import TeStore
 from converters.topology import Mesh, Topology
+
+__all__ = [
+    "convert_llama_hf_to_te",
+    "convert_llama_te_to_hf",
+    "load",
+    "megatron_to_te",
+    "save",
+    "te_to_megatron",
+]
 
 
 def convert_llama_hf_to_te(model_hf: LlamaForCausalLM, **config_kwargs: Any) -> NVLlamaForCausalLM:
@@ -160,7 +169,7 @@ def fill(model: NVLlamaForCausalLM, checkpoint: Checkpoint, *, cast: bool = Fals
     """
     parallel = parallel_of(model)
     mesh = Mesh(parallel.topology, parallel.coord)
-    plan = checkpoint.plan("te", **sizes_of(model))
+    plan = checkpoint.plan("te", **sizes_of(model), unpadded="source")
     # What a rank does not read must be there as well: the checkpoint is held against the whole plan.
     execute.check_tensors(plan.source_tensors, checkpoint.tensors, str(checkpoint.folder))
     part = plan.restrict(target=mesh)
@@ -203,12 +212,8 @@ def save(
     parallel = parallel_of(model)
     config = hf_config(model.config)
     features = checkpoint.stored & {"stored_lm_head"}
-    sizes = sizes_of(model)
-    if column == "te" and sizes != _sizes_without_padding(config):
-        # A folder holds the model in one piece, without what pads it over ranks: by way of Hugging Face's layout.
-        _save_in_two_steps(model, source, Path(target).absolute(), overwrite, padding, trust_remote_code)
-        return
-    whole = checkpoint.family.plan("te", column, config, features=features, **sizes)
+    # A folder holds the model in one piece, without what pads it over ranks.
+    whole = checkpoint.family.plan("te", column, config, features=features, **sizes_of(model), unpadded="target")
     parts = export.parts_of(
         whole,
         [(model, Mesh(parallel.topology, parallel.coord))],
@@ -244,27 +249,6 @@ def config_of(model: NVLlamaForCausalLM, checkpoint: Checkpoint, column: str) ->
     if dialect is None:
         return text
     return dialect.from_hf(text, **{option.name: getattr(model.config, option.name) for option in dialect.options})
-
-
-def _save_in_two_steps(
-    model: NVLlamaForCausalLM, source: str | Path, target: Path, overwrite: bool, padding: str, code: bool
-) -> None:
-    dialect = next(dialect for dialect in _family(hf_config(model.config)).dialects if dialect.column == "te")
-    options = {option.name: getattr(model.config, option.name) for option in dialect.options}
-    between = target.with_name(f".{target.name}.hf")
-    save(model, source, between, overwrite=True, padding=padding, trust_remote_code=code)
-    try:
-        collective.on_first(
-            lambda: (
-                convert_folder(
-                    between, target, target_column="te", overwrite=overwrite, options=options, trust_remote_code=code
-                )
-                and None
-            )
-        )
-    finally:
-        if collective.rank() == 0:
-            shutil.rmtree(between, ignore_errors=True)
 
 
 def parallel_of(model: NVLlamaForCausalLM) -> Parallel:
@@ -320,16 +304,10 @@ def _stores_head(plan: Plan) -> bool:
     return "stored_lm_head" in plan.features
 
 
-def sizes_of(model: NVLlamaForCausalLM) -> dict[str, int]:
+def sizes_of(model: NVLlamaForCausalLM) -> dict[str, Any]:
     """Rows and groups that the model is built with, over all ranks."""
     parallel = parallel_of(model)
     return {
         "padded_vocab_size": parallel.vocabulary(model.config),
         "padded_query_groups": parallel.groups(model.config),
     }
-
-
-def _sizes_without_padding(config: Mapping[str, Any]) -> dict[str, int]:
-    """Rows and groups that the model has."""
-    hf, _ = _family(config).fields.read(config)
-    return {"padded_vocab_size": hf["vocab_size"], "padded_query_groups": hf["num_key_value_heads"]}

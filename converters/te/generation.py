@@ -21,6 +21,7 @@ from transformers import GenerationMixin
 from converters.errors import CacheError
 from converters.te.cache_rows import remove_last, reorder_rows
 from converters.te.layers import Layers, layers_for
+from converters.te.precision import TOKENS_MULTIPLE
 from converters.te.reference.cache_steps import ContiguousSteps, PagedSteps, check_new_tokens
 
 
@@ -136,7 +137,8 @@ def cache_for(
 
     Args:
         model: An NVLlama model, of one tensor-parallel rank where there are several.
-        max_batch_size: Sequences at once: the batch times `num_beams` or `num_return_sequences`.
+        max_batch_size: Sequences at once: the batch times `num_beams` or `num_return_sequences`. A quantised model in
+            thd gets room for one more, which fills each step up to the multiple of tokens that its GEMMs want.
         max_sequence_length: Tokens a sequence, prompt and new ones; rounded up to whole pages.
         paged: Pages, not rows.
         page_size: Tokens a page. FlashAttention 2 takes multiples of 256, other backends any.
@@ -146,6 +148,9 @@ def cache_for(
     decoder: Any = getattr(model, "model", model)
     attention = decoder.layers[0].self_attention
     weight = decoder.embed_tokens.weight
+    qkv_format = qkv_format or decoder.config.attn_input_format
+    if decoder.precision.quantized and qkv_format == "thd":  # one more sequence fills steps up: see cache_step.py
+        max_batch_size, max_sequence_length = max_batch_size + 1, max(max_sequence_length, TOKENS_MULTIPLE)
     length = -(-max_sequence_length // page_size) * page_size if paged else max_sequence_length
     pages = {"page_size": page_size, "total_num_pages": max_batch_size * (length // page_size)} if paged else {}
     cache: Any = HFInferenceParams(
@@ -156,7 +161,7 @@ def cache_for(
         dtype=dtype or weight.dtype,
         is_paged=paged,
         max_ctx_len=length,
-        qkv_format=qkv_format or decoder.config.attn_input_format,
+        qkv_format=qkv_format,
         device=weight.device,
         **pages,
     )

@@ -27,12 +27,11 @@ from converters.te.config import NVLlamaConfig
 from converters.te.generation import CachedGeneration
 from converters.te.layers import layers_for
 from converters.te.parallel import Parallel, clear_padding
-from converters.te.precision import Precision
+from converters.te.precision import TOKENS_MULTIPLE, Precision
 from converters.te.pretrained import NVLlamaPreTrainedModel, dtype_of, mark_started, normal, place_of
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens_q_padded", "cu_seq_lens_k_padded", "pad_between_seqs")
 LENGTHS = ("max_length_q", "max_length_k")
-TOKENS_MULTIPLE = 32  # what the GEMMs of every quantised recipe divide tokens by, MXFP8 being the widest
 
 
 class NVLlamaModel(NVLlamaPreTrainedModel):
@@ -256,6 +255,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
                 layout=layout,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                multiple=TOKENS_MULTIPLE if self.precision.quantized else 1,
             )
         return arrange(
             rows,

@@ -9,6 +9,9 @@ gradients over them (torch's DDP, say) is the user's.
     model(**batch).loss.backward()
     reduce_gradients(model)                                   # before the optimizer, as Megatron's finalize_model_grads
 
+A model that is trained from nothing wants another seed on each tensor-parallel rank, else their shards start alike; the
+ranks along the other dims want the same.
+
 Context parallelism takes `shift_labels`, shifted while the sequence was whole, and each rank's part of the batch.
 """
 

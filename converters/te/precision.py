@@ -11,6 +11,8 @@ from converters.errors import ConfigError
 from converters.te.config import NVLlamaConfig
 from converters.te.layers import Layers
 
+TOKENS_MULTIPLE = 32  # what the GEMMs of every quantised recipe divide tokens by, MXFP8 being the widest
+
 
 class RecipeError(ConfigError, RuntimeError):
     """Recipes that do not fit the precisions that the layers are asked for."""

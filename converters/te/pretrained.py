@@ -104,7 +104,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         """Give layers the state that `extra_states` returned, or that `save_extra_states` wrote.
 
         The reference reads the bytes without unpickling. Transformer Engine's own layers hold a pickle there, and
-        refuse to read it unless told that it is trusted (its NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE and kin).
+        refuse to read it unless the environment variable NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE says it is trusted.
 
         Args:
             states: By key; or the folder that the file is in.

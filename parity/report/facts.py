@@ -183,6 +183,8 @@ def repeat(case: Case) -> str:
     for option in OPTIONS:
         value = getattr(case, option.key, getattr(case.topology, option.key, None))
         text = {True: "on", False: "off"}[value] if isinstance(value, bool) else _plain(value)
+        if option.name == "size":
+            text = text.removesuffix("-aligned")  # which the precision implies
         if option.name == "backend" and case.against is not None:  # which stands there in its place
             continue
         if value is None or text == option.default or (option.name == "weights" and _implied(case, text)):

@@ -72,4 +72,5 @@ def answered(model: Any) -> Facts:
 
 def set_fields(model: Any) -> Mapping[str, str]:
     """Fields of the model's config that are not at their default, as text."""
-    return {name: repr(value) for name, value in model.config.to_diff_dict().items()}
+    usual = type(model.config)().to_dict()
+    return {name: repr(value) for name, value in model.config.to_dict().items() if value != usual.get(name)}

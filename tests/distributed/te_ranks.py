@@ -70,7 +70,7 @@ class Probe:
         ends, slots = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (self.lengths, self.room))
         boundaries = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         if self.lengths != self.room:
-            boundaries |= {"cu_seq_lens_q_padded": slots, "cu_seq_lens_k_padded": slots, "pad_between_seqs": True}
+            boundaries |= {"cu_seq_lens_q_padded": slots, "cu_seq_lens_k_padded": slots}
         longest = {"max_length_q": max(self.room), "max_length_k": max(self.room)}
         return {"input_ids": ids[None], "shift_labels": labels[None], **boundaries, **longest}
 

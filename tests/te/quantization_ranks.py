@@ -21,7 +21,7 @@ def reduced_scales() -> tuple[list[float], list[float]]:
         weight = torch.nn.Parameter(torch.full((16, 16), 1.0 if first else 2.0))
         with autocast(recipe=DelayedScaling(amax_history_len=2, reduce_amax=shared)):
             out = module.gemm(x, weight)
-        out.backward(torch.full((8, 16), 2.5 if first else 5.0))
+        out.backward(torch.full((8, 16), 7.0 if first else 3.5))
         assert module.delayed is not None
         found.append([*module.delayed.forward.scale.tolist(), float(module.delayed.backward.scale[0])])
     return found[0], found[1]

@@ -98,6 +98,10 @@ def held(found: Tensor | None, left: Tensor, right: Tensor, bias: Tensor | None 
     assert bool((error <= bound).all()), float((error / bound).max())
 
 
+def same(quantizer: Quantizer) -> tuple[Quantizer, Quantizer, Quantizer]:
+    return quantizer, quantizer, quantizer
+
+
 # The quantizers of input, weight and gradient, written out for each recipe.
 USED: dict[str, tuple[Any, Quantizer, Quantizer, Quantizer]] = {
     "current": (
@@ -106,14 +110,14 @@ USED: dict[str, tuple[Any, Quantizer, Quantizer, Quantizer]] = {
         CurrentQuantizer(format=E4M3),
         CurrentQuantizer(format=E5M2),
     ),
-    "current-e4m3": (Float8CurrentScaling(fp8_format=Format.E4M3), *[CurrentQuantizer(format=E4M3)] * 3),
+    "current-e4m3": (Float8CurrentScaling(fp8_format=Format.E4M3), *same(CurrentQuantizer(format=E4M3))),
     "block": (
         Float8BlockScaling(),
         BlockQuantizer(format=E4M3, block=(1, 128)),
         BlockQuantizer(format=E4M3, block=(128, 128)),
         BlockQuantizer(format=E4M3, block=(1, 128)),
     ),
-    "mx": (MXFP8BlockScaling(), *[MXQuantizer(format=E4M3)] * 3),
+    "mx": (MXFP8BlockScaling(), *same(MXQuantizer(format=E4M3))),
     "mx-hybrid": (
         MXFP8BlockScaling(fp8_format=Format.HYBRID),
         MXQuantizer(format=E4M3),
@@ -128,7 +132,7 @@ USED: dict[str, tuple[Any, Quantizer, Quantizer, Quantizer]] = {
     ),
     "nvfp4-plain": (
         NVFP4BlockScaling(disable_stochastic_rounding=True, disable_rht=True, disable_2d_quantization=True),
-        *[NVFP4Quantizer()] * 3,
+        *same(NVFP4Quantizer()),
     ),
 }
 
@@ -219,11 +223,12 @@ def test_a_kept_weight_is_of_its_recipe_and_its_gemm() -> None:
 
 
 def test_stochastic_rounding_follows_the_seed() -> None:
-    grads = []
+    grads: list[Tensor] = []
     for seed in (1, 1, 2):
         unit = Unit.of(9)
         torch.manual_seed(seed)
         unit.run(Module(), recipe_of("nvfp4"))
+        assert unit.weight.grad is not None
         grads.append(unit.weight.grad)
     assert torch.equal(grads[0], grads[1])
     assert not torch.equal(grads[0], grads[2])
@@ -267,6 +272,26 @@ def test_unrounded_activations_are_quantised_as_kernels_before_them_do() -> None
         out = module.gemm(wide, unit.weight)
     held(out, E4M3.decode(E4M3.encode(two(wide))), E4M3.decode(E4M3.encode(unit.weight.detach().float())))
     assert not module.wants_unrounded("norm")
+
+
+def test_layers_quantise_their_norm_before_it_is_rounded_where_the_scale_is_known() -> None:
+    from converters.te.reference.layernorm_linear import LayerNormLinear
+    from converters.te.reference.norm import normalize
+
+    layer = LayerNormLinear(160, 96, normalization="RMSNorm", bias=False, params_dtype=torch.bfloat16)
+    x = Unit.of(16).x.detach()
+    with autocast(recipe=DelayedScaling()):
+        out = layer(x)
+    assert isinstance(out, torch.Tensor)
+    norm = normalize(
+        two(x), layer.layer_norm_weight, None, eps=layer.eps, zero_centered_gamma=False, rounded=False
+    ).detach()
+    weight = E4M3.decode(E4M3.encode(layer.get_parameter("weight").detach().float()))
+    held(out, E4M3.decode(E4M3.encode(norm)), weight)
+    assert layer.delayed is not None
+    assert layer.delayed.forward.amax_history[-1, 0] == norm.abs().max()
+    with pytest.raises(AssertionError):
+        held(out, E4M3.decode(E4M3.encode(norm.bfloat16().float())), weight)
 
 
 @pytest.mark.parametrize(

@@ -243,8 +243,8 @@ def test_layers_that_are_gone_are_forgotten() -> None:
 def test_ranks_of_a_group_share_scales(zygote: Zygote) -> None:
     found = zygote.run(reduced_scales, world=2)
     for shared, own in found:
-        assert shared == [448 / 7, 448 / 2, 1.0, 57344 / 5]
-        assert own in ([448 / 7, 448 / 1, 1.0, 57344 / 2.5], [448 / 3.5, 448 / 2, 1.0, 57344 / 5])
+        assert shared == [448 / 7, 448 / 2, 1.0, 57344 / 7]
+        assert own in ([448 / 7, 448 / 1, 1.0, 57344 / 7], [448 / 3.5, 448 / 2, 1.0, 57344 / 3.5])
     assert found[0][1] != found[1][1]
 
 

@@ -147,7 +147,9 @@ def test_bfloat16_is_rounded_once(name: str) -> None:
 
 
 def test_attention_in_bfloat16_has_scores_and_softmax_in_float32() -> None:
-    q, k, v = ((blocks(n, 1, 9, heads, 5) * 6).bfloat16() for n, heads in ((1, 6), (2, 2), (3, 2)))
+    # Scores near 45 that differ by about one: bfloat16 would round them by up to an eighth.
+    q, k, v = (1 + blocks(1, 1, 9, 6, 5) / 8).bfloat16(), (20 + blocks(2, 1, 9, 2, 5)).bfloat16(), blocks(3, 1, 9, 2, 5)
+    v = v.bfloat16()
     exact, actual = core()(q.double(), k.double(), v.double()), core()(q, k, v)
     # Only the probabilities and the output are rounded, each by at most 2^-9 of values below the largest `v`.
     assert actual.dtype == torch.bfloat16

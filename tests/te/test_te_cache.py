@@ -104,7 +104,7 @@ def test_every_token_is_where_it_belongs(page_size: int | None) -> None:
     mirror.step({5: 12, 6: 12, 7: 12}, "bshd")  # full to the last token, after a reset
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_schedule_of_sequences(data: st.DataObject) -> None:
     page_size = data.draw(st.sampled_from([None, 1, 3, 6]))

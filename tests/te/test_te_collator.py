@@ -36,7 +36,8 @@ def test_a_last_sequence_fills_up_to_a_multiple() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 11, 12, 21, 22, 23, 24, 3, 3, 3, 3, 3]]
     assert batch["labels"].tolist() == [[-100, 6, 7, 8, 9, -100, 12, -100, -100, 23, 24] + [-100] * 5]
     assert batch["cu_seq_lens_q"].tolist() == [0, 5, 7, 11, 16]
-    assert batch["attention_mask"].sum() == 11 and batch["max_length_q"] == 5
+    assert batch["attention_mask"].sum() == 11
+    assert batch["max_length_q"] == 5
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4]]
     assert "pad_between_seqs" not in batch
 
@@ -46,7 +47,8 @@ def test_each_sequence_fills_up_to_a_multiple() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 3, 3, 11, 12, 3, 3, 21, 22, 23, 24]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 5, 7, 11]
     assert batch["cu_seq_lens_q_padded"].tolist() == batch["cu_seq_lens_k_padded"].tolist() == [0, 8, 12, 16]
-    assert batch["pad_between_seqs"] is True and batch["max_length_q"] == 8
+    assert batch["pad_between_seqs"] is True
+    assert batch["max_length_q"] == 8
     assert batch["labels"][0, 5:8].tolist() == [-100] * 3
 
 
@@ -84,7 +86,7 @@ def test_a_collated_batch_gives_the_logits_and_loss_of_its_samples() -> None:
         rows = [torch.tensor([one["input_ids"]]) for one in SAMPLES]
         alone = torch.cat([model(row).logits[0] for row in rows])
         assert_within_floors(found, [alone], torch.cat([wide(row).logits[0] for row in rows]), what="logits")
-        labels = torch.cat([torch.tensor((one.get("labels") or one["input_ids"])[1:] + [-100]) for one in SAMPLES])
+        labels = torch.cat([torch.tensor([*(one.get("labels") or one["input_ids"])[1:], -100]) for one in SAMPLES])
         loss = torch.nn.functional.cross_entropy(alone, labels)
         assert_within_floors(out.loss, [loss], wide(**batch).loss, what="loss")
 
@@ -137,7 +139,8 @@ def test_samples_are_cut_where_asked() -> None:
 def test_context_parallel_ranks_share_a_batch_in_zigzag() -> None:
     batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None] + 10}
     first, second = (split_for_context_parallel(batch, 2, rank) for rank in range(2))
-    assert first["input_ids"].tolist() == [[0, 1, 6, 7]] and second["input_ids"].tolist() == [[2, 3, 4, 5]]
+    assert first["input_ids"].tolist() == [[0, 1, 6, 7]]
+    assert second["input_ids"].tolist() == [[2, 3, 4, 5]]
     assert first["shift_labels"].tolist() == [[11, 12, 17, -100]]
     assert second["shift_labels"].tolist() == [[13, 14, 15, 16]]
     assert "labels" not in first

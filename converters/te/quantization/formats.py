@@ -126,7 +126,7 @@ def encode_e8m0(values: Tensor) -> Tensor:
     bits = values.view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
     # A subnormal up to 2^-127 has a power of two above it that exponent 0 already is.
-    up = (mantissa > 0) & (exponent != 0xFE) & ~((exponent == 0) & (mantissa <= 0x400000))
+    up = (mantissa > 0) & ~((exponent == 0) & (mantissa <= 0x400000))
     code = (exponent + up.int()).clamp(max=0xFE)
     return code.masked_fill(values.isnan(), 0xFF).to(torch.uint8)
 

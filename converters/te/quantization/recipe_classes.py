@@ -6,7 +6,7 @@ Source: TransformerEngine 2.20.2, transformer_engine/common/recipe/__init__.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -153,4 +153,4 @@ class NVFP4BlockScaling(Recipe):
 
 def fields_of(recipe: Any) -> dict[str, Any]:
     """The fields of a recipe of either kind, by name."""
-    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+    return {each.name: getattr(recipe, each.name) for each in fields(recipe)}

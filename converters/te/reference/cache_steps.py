@@ -77,6 +77,7 @@ def _advanced(manager: ContiguousSteps | PagedSteps, step_dict: Mapping[int, int
         raise CacheError(
             f"the cache has room for {manager.max_batch_size} sequences (max_batch_size) and this step has "
             f"{len(step_dict)}: allocate it for the batch times num_beams or num_return_sequences"
+            + (", and one sequence of padding for a quantised model" if any(seq < 0 for seq in step_dict) else "")
         )
     if negative := [f"sequence {seq}: {new}" for seq, new in step_dict.items() if new < 0]:
         raise CacheError(listing("a step adds tokens; negative lengths were given", negative))

@@ -125,6 +125,7 @@ class LayerNormLinear(Layer):
             self.layer_norm_bias,
             eps=self.eps,
             zero_centered_gamma=self.zero_centered_gamma,
+            rounded=not self.wants_unrounded("norm"),
         )
         if self.parallel_mode == "column":
             inp = (distributed.gather if self.sequence_parallel else distributed.copy)(inp, self.tp_group)

@@ -34,18 +34,20 @@ GATED: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activate(x: Tensor, name: str) -> Tensor:
+def activate(x: Tensor, name: str, *, rounded: bool = True) -> Tensor:
     """The activation, computed in float32 and rounded once.
 
     Args:
         x: `[... f]`, or `[... (gate up) f]` for a gated one, whose result is `act(gate) * up`.
         name: As Transformer Engine has it.
+        rounded: False hands on what was computed, for a GEMM that quantises it.
     """
     wide = x.to(compute_dtype(x.dtype))
+    dtype = x.dtype if rounded else wide.dtype
     if name in GATED:
         gate, up = wide.chunk(2, dim=-1)
-        return (GATED[name](gate) * up).to(x.dtype)
-    return ACTIVATIONS[name](wide).to(x.dtype)
+        return (GATED[name](gate) * up).to(dtype)
+    return ACTIVATIONS[name](wide).to(dtype)
 
 
 class LayerNormMLP(Layer):
@@ -167,10 +169,12 @@ class LayerNormMLP(Layer):
             self.layer_norm_bias,
             eps=self.eps,
             zero_centered_gamma=self.zero_centered_gamma,
+            rounded=not self.wants_unrounded("norm"),
         )
         if parallel:
             x = (distributed.gather if self.sequence_parallel else distributed.copy)(x, self.tp_group)
-        x = activate(self.gemm(x, self.fc1_weight, self.fc1_bias, index=0), self.activation)
+        x = self.gemm(x, self.fc1_weight, self.fc1_bias, index=0)
+        x = activate(x, self.activation, rounded=not self.wants_unrounded("activation"))
         out = self.gemm(x, self.fc2_weight, None if self.return_bias or parallel else self.fc2_bias, index=1)
         if parallel:
             # The bias comes once, to the sum of the ranks.

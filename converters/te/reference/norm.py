@@ -24,7 +24,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, zero_centered_gamma: bool) -> Tensor:
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, zero_centered_gamma: bool, rounded: bool = True
+) -> Tensor:
     """Normalise the last dimension: LayerNorm where there is a bias, RMSNorm where there is none.
 
     Args:
@@ -33,16 +35,18 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, zer
         bias: `[h]`.
         eps: Added to the mean square (inside the root).
         zero_centered_gamma: Whether that is so.
+        rounded: False hands on what was computed, for a GEMM that quantises it.
 
     Returns:
-        `[... h]` in the dtype of `x`.
+        `[... h]` in the dtype of `x`, or what it was computed in.
     """
     wide = x.to(compute_dtype(x.dtype))
+    dtype = x.dtype if rounded else wide.dtype
     gamma = weight.to(wide.dtype)
     gamma = gamma + 1 if zero_centered_gamma else gamma
     if bias is None:
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * gamma).to(x.dtype)
-    return torch.nn.functional.layer_norm(wide, wide.shape[-1:], gamma, bias.to(wide.dtype), eps).to(x.dtype)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * gamma).to(dtype)
+    return torch.nn.functional.layer_norm(wide, wide.shape[-1:], gamma, bias.to(wide.dtype), eps).to(dtype)
 
 
 def add_norm(

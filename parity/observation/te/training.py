@@ -18,6 +18,7 @@ from torch import Tensor
 from parity.converter import Settings
 from parity.observation import gradients
 from parity.observation.lessons import Deal, Lesson, Recipe
+from parity.observation.observe import cross_entropy
 from parity.observation.te.feeding import Call, calls
 from parity.observation.te.gradients import held as held_of
 from parity.observation.te.observe import said
@@ -45,6 +46,7 @@ def train(
     held = held_of(model, config, settings.topology)
     frozen = gradients.freeze([held])
     silence_dropout(model, config)
+    model.loss_function = token_mean
     model.train()
     masters = masters_of(model)
     optimizer = optimizer_of(list(masters.values()), recipe)
@@ -76,6 +78,17 @@ def train(
         frozen=frozen,
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
     )
+
+
+def token_mean(
+    logits: Tensor, labels: Any, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch: Any, **_: Any
+) -> Tensor:
+    """The loss of the tokens that this rank has of a micro-batch, over the number of all, in the model's own forward.
+
+    In the place of transformers' own, whose kernel adds up a vocabulary one by one on the CPU: that loses 4e-4 of the
+    gradients of a large one. How tokens are counted, and shares added up, is the model's.
+    """
+    return cross_entropy(logits, shift_labels, torch.float64).sum() / num_items_in_batch
 
 
 def masters_of(model: Any) -> dict[str, torch.nn.Parameter]:
