@@ -17,7 +17,7 @@ from converters.errors import CheckpointError, ConfigError, ConversionError
 from converters.execute import Only, Store, Transfer
 from converters.export import Part
 from converters.fields import Ledger
-from converters.models import FAMILIES, Family, family_of
+from converters.models import FAMILIES, Family, column_of, family_of
 from converters.plan import Plan
 from converters.sources import Source, resolve
 from converters.stores import safetensors
@@ -41,6 +41,11 @@ class AutoBridge:
     def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
         self.source = source
         self.family: Family = family_of(source.config)
+        if (column := column_of(source.config)) != "hf":
+            raise ConfigError(
+                f"{source.name} is in the {column!r} column, expected 'hf': convert it first "
+                "(python -m converters convert --to hf SOURCE TARGET)"
+            )
         self.ledger: Ledger = self.family.fields.to_megatron(source.config)
         self.trust_remote_code = trust_remote_code
         self._weights: safetensors.SafetensorsFolder | None = None

@@ -38,6 +38,7 @@ class Backend:
         refusals: Why it cannot run a config in a layout and precision; empty where it can.
         groups: Key-value groups, those of zeros included, with which it cuts so many groups of so many heads.
         without_cache: Why it cannot decode in a layout and precision; empty where it can.
+        beams: Whether it searches with beams, which reorders its cache.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Backend:
     refusals: Callable[[Mapping[str, Any], Topology, str], list[str]]
     groups: Callable[[Topology, int, int], int]
     without_cache: Callable[[Topology, str], list[str]]
+    beams: bool = False
 
     def ghosts(self, config: Mapping[str, Any], topology: Topology) -> int:
         """Key-value groups of zeros that it takes for the heads of a model of equal layers to divide."""
@@ -156,6 +158,7 @@ BACKENDS: Mapping[str, Backend] = {
             refusals=_of_te,
             groups=lambda topology, groups, heads: topology.whole_query_groups(groups),
             without_cache=_te_without_cache,
+            beams=True,
         ),
     )
 }

@@ -97,7 +97,7 @@ class Own:
 
         return convert.load(folder, **te_options(settings))
 
-    def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
+    def te_to_hf(self, model: Any, source: Path, target: Path) -> None:
         """As `WithTe.te_to_hf`."""
         from converters.te import convert
 

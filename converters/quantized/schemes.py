@@ -9,7 +9,6 @@ Sources:
         scales to the model's dtype unless it dequantises while loading: exact for bfloat16 numbers.
     fine-grained: huggingface/transformers 5.23, integrations/finegrained_fp8.py `FP8Linear` (float32
         `weight_scale_inv`, partial blocks counted) and utils/quantization_config.py `FineGrainedFP8Config`;
-        deepseek-ai/DeepSeek-V3 inference/fp8_cast_bf16.py (`weight_scale_inv` multiplies).
 """
 
 from __future__ import annotations

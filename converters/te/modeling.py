@@ -81,7 +81,6 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         mark_started(self)
         self.post_init()  # type: ignore[no-untyped-call]
         clear_padding(self, config, self.parallel)
-        clear_padding(self, config, self.parallel)
 
     def _layer(self, index: int, place: torch.device) -> nn.Module:
         config: Any = self.config
@@ -300,7 +299,6 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGeneration, GenerationMix
             )
         mark_started(self)
         self.post_init()  # type: ignore[no-untyped-call]
-        clear_padding(self, config, self.model.parallel)
         clear_padding(self, config, self.model.parallel)
 
     @can_return_tuple  # type: ignore[untyped-decorator]

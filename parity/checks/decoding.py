@@ -61,6 +61,7 @@ def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
     from parity.observation.decoding import Prompt
 
     subject, precision = bench.subject, bench.case.precision
+    beams = BACKENDS[bench.case.backend].beams and precision == "fp32"
 
     def ask() -> tuple[Probe, tuple[Prompt, ...], References]:
         text, *_ = probes(subject.config, subject.folder, prose=subject.weights != "seeded")
@@ -74,11 +75,12 @@ def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
             Prompt(name="greedy generation", tokens=even, padding=(0, 0), new=NEW),
             Prompt(name="greedy generation, padded", tokens=ragged, padding=(0, SHORTER), new=NEW // 2),
         )
-        said = bench.alone("observation.decoding:references", subject.folder, found, PREFILL, prompts, precision)
+        given = (subject.folder, found, PREFILL, prompts, precision, beams)
+        said = bench.alone("observation.decoding:references", *given)
         return found, prompts, said
 
     found: tuple[Probe, tuple[Prompt, ...], References] = bench.shared.once(
-        ("decoded", bench.case.slug, precision), ask
+        ("decoded", bench.case.slug, precision, beams), ask
     )
     return found
 

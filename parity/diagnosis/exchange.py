@@ -1,6 +1,6 @@
-"""Which part of a model is to blame: transformers is given Megatron's weights, config or frequencies, one by one.
+"""Which part of a model is to blame: transformers is given the model's weights, config or frequencies, one by one.
 
-If transformers with a part of the Megatron model computes what Megatron does, that part is what differs. What no part
+If transformers with a part of the imported model computes what that does, that part is what differs. What no part
 explains is computation, and the first tap that is still wrong says where.
 """
 
@@ -54,7 +54,7 @@ class Verdict:
     """What is to blame.
 
     Args:
-        first: The first tap at which Megatron is not where it must be; `None` if there is none.
+        first: The first tap at which the model is not where it must be; `None` if there is none.
         causes: What explains it.
         lines: The same for people.
     """
@@ -66,7 +66,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Something that transformers can take over from the Megatron model.
+    """Something that transformers can take over from the imported model.
 
     Args:
         causes: What it is if it is to blame.
@@ -119,14 +119,14 @@ def judge(failing: Failing, held: Sequence[Held], scratch: Path) -> Verdict:
         known = "transformers with all of the above still computes otherwise, " if blamed else ""
         lines.append(f"computation: {known}first at {_place(rest)}: {cause.detail or 'look there'}")
     elif blamed:
-        lines.append("transformers with that computes what Megatron does")
+        lines.append("transformers with that computes what the model does")
     stray = sorted({line for rank in held for line in rank.stray})
     lines += [f"parameters: {line}" for line in stray[:SHOWN]]
     return Verdict(first=first, causes=tuple(causes), lines=tuple(lines))
 
 
 def _yardsticks(failing: Failing, parts: Sequence[Part]) -> dict[str, Yardstick]:
-    """What transformers with `parts` of the Megatron model computes."""
+    """What transformers with `parts` of the imported model computes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig.from_pretrained(failing.folder)

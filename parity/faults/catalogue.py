@@ -6,17 +6,30 @@ In the sources, MB is NVIDIA-NeMo/Megatron-Bridge, ML NVIDIA/Megatron-LM, TE NVI
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from converters.topology import Topology
+from parity.backends import below_bf16
 from parity.causes import Cause
-from parity.faults.mutations import Live, Mutation, Patch, Resize
+from parity.faults.mutations import Live, Mutation, Patch, Quantised, Resize
 
 At = Literal["import", "export", "cancel"]
-Family = Literal["layout", "missing", "files", "config", "vocabulary", "dtype", "running", "verifier"]
-FAMILIES: tuple[Family, ...] = ("layout", "missing", "files", "config", "vocabulary", "dtype", "running", "verifier")
+Family = Literal[
+    "layout", "missing", "files", "config", "vocabulary", "dtype", "quantisation", "running", "verifier"
+]
+FAMILIES: tuple[Family, ...] = (
+    "layout",
+    "missing",
+    "files",
+    "config",
+    "vocabulary",
+    "dtype",
+    "quantisation",
+    "running",
+    "verifier",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,8 @@ class Fault:
         causes: What a diagnosis has to say; any of them.
         checks: Checks, besides those of weights and logits, that it takes to see it.
         equivalent: Why it is no fault in the end: no check can see it, and none needs to.
+        backends: On which it can be: it is tried on each.
+        precisions: Of quantised matrix products: it is tried in each. None: it needs no quantised products.
     """
 
     name: str
@@ -45,10 +60,15 @@ class Fault:
     causes: tuple[Cause, ...] = ()
     checks: tuple[str, ...] = ()
     equivalent: str = ""
+    backends: tuple[str, ...] = ("megatron",)
+    precisions: tuple[str, ...] = ()
 
-    def applies(self, config: Mapping[str, Any], topology: Topology) -> bool:
-        """Whether it shows on this model in this layout."""
-        return all(NEEDS[need](config, topology) for need in self.needs)
+    def applies(
+        self, config: Mapping[str, Any], topology: Topology, *, backend: str = "megatron", precision: str = "fp32"
+    ) -> bool:
+        """Whether it shows on this model in this layout, on this backend and in this precision."""
+        there = precision in self.precisions if self.precisions else not below_bf16(precision)
+        return backend in self.backends and there and all(NEEDS[need](config, topology) for need in self.needs)
 
     def must(self, at: At) -> tuple[str, ...]:
         """The checks that have to see it, each by itself: another that does is no excuse."""
@@ -77,7 +97,7 @@ class Fault:
 
 
 def _names(mutation: Mutation) -> tuple[str, ...]:
-    if isinstance(mutation, Live | Patch):
+    if isinstance(mutation, Live | Patch | Quantised):
         return ()
     for field in ("names", "name"):
         found = getattr(mutation, field, None)
@@ -127,12 +147,6 @@ NOT_YET: tuple[tuple[str, str], ...] = (
     ("experts in another order (vime #388)", "no model with experts can be converted yet"),
     ("experts duplicated over ep ranks (MB #1716)", "no model with experts can be converted yet"),
     ("MTP layers dropped (ms-swift #6644)", "no model with multi-token prediction can be converted yet"),
-    ("FP8 scale per tensor where per block", "no quantised checkpoint can be converted yet"),
-    ("FP8 scales trimmed or transposed under tp (mcore-bridge #32)", "no quantised checkpoint can be converted yet"),
-    ("FP8 scale layout, all scales alike (flashinfer #4093)", "no quantised checkpoint can be converted yet"),
-    ("_extra_state of another version or stale amax (TE #1623, #1860)", "no FP8 state is written yet"),
-    ("a quantised head untied (BioNeMo #1459)", "no quantised checkpoint can be converted yet"),
-    ("THD with cp and a padded tail (TE #3331)", "packing under context parallelism is refused"),
     ("remote code lost (MB #3924)", "code is carried only for a trusted model, and is not compared"),
     ("an oracle with the same bug (swiss-ai Megatron-LM #85)", "the references are transformers and a statement apart"),
     ("a tolerance raised until it passes (Automodel #1839)", "no tolerance can be set"),
@@ -146,9 +160,19 @@ def all_faults() -> tuple[Fault, ...]:
     from parity.faults import of_files as faults_of_files
     from parity.faults import of_layout as faults_of_layout
     from parity.faults import of_missing as faults_of_missing
+    from parity.faults import of_quantising as faults_of_quantising
     from parity.faults import of_running as faults_of_running
     from parity.faults import of_values as faults_of_values
+    from parity.faults.on_te import ON_TE
 
-    modules = (faults_of_layout, faults_of_missing, faults_of_files, faults_of_values, faults_of_running)
+    modules = (
+        faults_of_layout,
+        faults_of_missing,
+        faults_of_files,
+        faults_of_values,
+        faults_of_quantising,
+        faults_of_running,
+    )
     found = [fault for module in modules for fault in module.FAULTS]
+    found = [replace(fault, backends=("megatron", "te")) if fault.name in ON_TE else fault for fault in found]
     return tuple(sorted(found, key=lambda fault: FAMILIES.index(fault.family)))

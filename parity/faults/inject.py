@@ -6,15 +6,15 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.topology import Topology
-from parity.converter import Converter, Settings
+from parity.converter import Converter, Settings, with_fp8, with_te
 from parity.faults.breaks import InjectionError, NotHereError
-from parity.faults.mutations import Live, Mutation, OnFolder, Patch
+from parity.faults.mutations import Live, Mutation, OnFolder, Patch, Quantised
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -44,20 +44,61 @@ class Faulty:
 
     def to_megatron(self, folder: Path, settings: Settings) -> Sequence[Module]:
         """As `Converter.to_megatron`, of a mutated copy of `folder`."""
-        from parity.faults.patches import PATCHES, apply_live
+        from parity.faults.patches import PATCHES
 
-        config = json.loads((folder / "config.json").read_text())
-        with self._mutated(folder) as mutated:
-            chunks = self.inner.to_megatron(mutated, settings)
-        for mutation in self.on_import:
-            if isinstance(mutation, Live):
-                apply_live(mutation, chunks, config["vocab_size"])
-            elif isinstance(mutation, Patch):
-                PATCHES[mutation.name](chunks)
-        return chunks
+        return self._imported(folder, PATCHES, lambda mutated: self.inner.to_megatron(mutated, settings))
 
     def to_hf(self, chunks: Sequence[Module], source: Path, target: Path) -> None:
         """As `Converter.to_hf`, then the folder is mutated."""
+        self._exported(chunks, source, target, lambda: self.inner.to_hf(chunks, source, target))
+
+    def to_te(self, folder: Path, settings: Settings) -> Module:
+        """As `WithTe.to_te`, of a mutated copy of `folder`."""
+        from parity.faults.te_patches import PATCHES
+
+        inner = with_te(self.inner)
+        (model,) = self._imported(folder, PATCHES, lambda mutated: [inner.to_te(mutated, settings)])
+        return model
+
+    def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
+        """As `WithTe.te_to_hf`, then the folder is mutated."""
+        inner = with_te(self.inner)
+        self._exported([model], source, target, lambda: inner.te_to_hf(model, source, target))
+
+    def quantize(self, source: Path, target: Path, scheme: str) -> None:
+        """As `WithFp8.quantize`, then the folder is mutated."""
+        from parity.faults.fp8_folders import change
+
+        with_fp8(self.inner).quantize(source, target, scheme)
+        for mutation in self.on_export:
+            if isinstance(mutation, Quantised) and mutation.scheme == scheme:
+                change(mutation.how, source, target)
+
+    def dequantize(self, source: Path, target: Path) -> None:
+        """As `WithFp8.dequantize`."""
+        with_fp8(self.inner).dequantize(source, target)
+
+    def _imported(
+        self,
+        folder: Path,
+        patches: Mapping[str, Callable[[Sequence[Module]], None]],
+        build: Callable[[Path], Sequence[Module]],
+    ) -> Sequence[Module]:
+        from parity.faults.patches import apply_live
+
+        config = json.loads((folder / "config.json").read_text())
+        with self._mutated(folder) as mutated:
+            models = build(mutated)
+        for mutation in self.on_import:
+            if isinstance(mutation, Live):
+                apply_live(mutation, models, config["vocab_size"], self.topology)
+            elif isinstance(mutation, Patch):
+                patches[mutation.name](models)
+        return models
+
+    def _exported(
+        self, models: Sequence[Module], source: Path, target: Path, write: Callable[[], None]
+    ) -> None:
         import torch.distributed as dist
 
         from converters import collective
@@ -66,8 +107,8 @@ class Faulty:
         config = json.loads((source / "config.json").read_text())
         for mutation in self.on_export:
             if isinstance(mutation, Live):
-                apply_live(mutation, chunks, config["vocab_size"])
-        self.inner.to_hf(chunks, source, target)
+                apply_live(mutation, models, config["vocab_size"], self.topology)
+        write()
         changes = _on_folder(self.on_export)
         if not changes:
             return
@@ -127,4 +168,4 @@ class Faulty:
 
 
 def _on_folder(given: Sequence[Mutation]) -> list[OnFolder]:
-    return [mutation for mutation in given if not isinstance(mutation, Live | Patch)]
+    return [mutation for mutation in given if not isinstance(mutation, Live | Patch | Quantised)]

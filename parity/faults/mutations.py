@@ -268,9 +268,25 @@ class Live:
 
 @dataclass(frozen=True)
 class Patch:
-    """What a rank computes: a name of `parity.faults.patches.PATCHES`."""
+    """What a rank computes: a name of `PATCHES` in `parity.faults.patches`, or in `te_patches`."""
 
     name: str
+
+    def inverse(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """An FP8 checkpoint after it was written.
+
+    Args:
+        how: A name of `parity.faults.fp8_folders.CHANGES`.
+        scheme: Its format.
+    """
+
+    how: str
+    scheme: str
 
     def inverse(self) -> None:
         return None
@@ -293,4 +309,4 @@ OnFolder = (
     | File
     | Broken
 )
-Mutation = OnFolder | Live | Patch
+Mutation = OnFolder | Live | Patch | Quantised

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converters.topology import Coord, Topology
 from parity.faults import mutations
 from parity.faults.breaks import NotHereError
 from parity.faults.mutate import value
@@ -29,27 +30,21 @@ def bare(chunk: Any) -> Any:
     return chunk
 
 
-def apply_live(mutation: mutations.Live, chunks: Sequence[Any], vocab: int) -> None:
-    """Change parameters of this rank's chunks.
+def apply_live(mutation: mutations.Live, chunks: Sequence[Any], vocab: int, topology: Topology) -> None:
+    """Change parameters of this rank's models, of either backend.
 
     Raises:
         NotHereError: No rank holds a parameter that the mutation names.
     """
-    from megatron.core import parallel_state as ps
-
-    last = {
-        "tp": ps.get_tensor_model_parallel_rank() == ps.get_tensor_model_parallel_world_size() - 1,
-        "pp": ps.get_pipeline_model_parallel_rank() == ps.get_pipeline_model_parallel_world_size() - 1,
-        "cp": ps.get_context_parallel_rank() == ps.get_context_parallel_world_size() - 1,
-        "all": True,
-    }
+    place = topology.coord(torch.distributed.get_rank())
+    last = {dim: getattr(place, dim) == topology.size(dim) - 1 for dim in ("tp", "pp", "cp")} | {"all": True}
     found = 0
     for chunk in chunks if last[mutation.where] else ():
         for name, parameter in bare(chunk).named_parameters():
             if re.search(mutation.pattern, name):
                 found += 1
                 with torch.no_grad():
-                    _change(mutation.how, parameter.data, vocab)
+                    _change(mutation.how, parameter.data, vocab, place)
     if torch.distributed.is_initialized():
         count = torch.tensor([found])
         torch.distributed.all_reduce(count)
@@ -58,13 +53,11 @@ def apply_live(mutation: mutations.Live, chunks: Sequence[Any], vocab: int) -> N
         raise NotHereError(f"no parameter matches {mutation.pattern!r}")
 
 
-def _change(how: str, data: Tensor, vocab: int) -> None:
-    from megatron.core import parallel_state as ps
-
+def _change(how: str, data: Tensor, vocab: int, place: Coord) -> None:
     if how == "row below":
         data.copy_(data.roll(-1, dims=0))
     elif how == "padding":
-        behind = max(0, len(data) - max(0, vocab - len(data) * ps.get_tensor_model_parallel_rank()))
+        behind = max(0, len(data) - max(0, vocab - len(data) * place.tp))
         if behind:
             data[-behind:] = 0.5
     else:
@@ -213,13 +206,15 @@ def _raises(_: Sequence[Any]) -> None:
         raise RuntimeError("a fault of the self-test")
 
 
-def _in(module: str, name: str, wrong: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
-    """A patch of a function that running stands on: `wrong` makes the wrong one of the right one."""
+def in_module(where: str, name: str, wrong: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
+    """A patch of what running stands on, in a module or `module:class`: `wrong` makes the wrong one of the right one."""
 
     def patch(_: Sequence[Any]) -> None:
+        module, _, kind = where.partition(":")
         found = importlib.import_module(module)
+        found = getattr(found, kind) if kind else found
         if not hasattr(found, name):
-            raise NotHereError(f"{module} has no {name}")
+            raise NotHereError(f"{where} has no {name}")
         setattr(found, name, wrong(getattr(found, name)))
 
     return patch
@@ -249,6 +244,8 @@ def _untied_gradients(_: Sequence[Any]) -> None:
         setattr(finalize, name, lambda *_, **__: None)
 
 
+on_ranks = {"a rank dies": _dies, "a rank hangs": _hangs, "a rank raises": _raises}
+"""Patches of a process, whatever it computes."""
 GENERATION, TRAINING = "converters.megatron.generation", "parity.observation.megatron.training"
 PATCHES: Mapping[str, Callable[[Sequence[Any]], None]] = {
     "inv_freq in bf16": _rounded_frequencies,
@@ -265,22 +262,20 @@ PATCHES: Mapping[str, Callable[[Sequence[Any]], None]] = {
     "gelu": _gelu,
     "positions moved": _moved_positions,
     "contiguous cp positions": _contiguous_positions,
-    "a rank dies": _dies,
-    "a rank hangs": _hangs,
-    "a rank raises": _raises,
-    "cp loss averaged": _in(TRAINING, "token_mean", _rank_mean),
-    "default p2p": _in(TRAINING, "schedule_options", _no_p2p_options),
+    **on_ranks,
+    "cp loss averaged": in_module(TRAINING, "token_mean", _rank_mean),
+    "default p2p": in_module(TRAINING, "schedule_options", _no_p2p_options),
     "tied gradients not added": _untied_gradients,
-    "cache stale by one": _in(GENERATION, "cache_length", lambda right: lambda context: max(0, right(context) - 1)),
-    "decode positions off by one": _in(
+    "cache stale by one": in_module(GENERATION, "cache_length", lambda right: lambda context: max(0, right(context) - 1)),
+    "decode positions off by one": in_module(
         GENERATION,
         "decode_positions",
         lambda right: lambda start, count, padding: right(start - 1 if start else 0, count, padding),
     ),
-    "padding ignored in decode": _in(
+    "padding ignored in decode": in_module(
         GENERATION, "hidden_slots", lambda right: lambda start, count, _: right(start, count, None)
     ),
-    "padding rows chosen": _in(
+    "padding rows chosen": in_module(
         GENERATION, "next_tokens", lambda right: lambda logits, vocab: right(logits, logits.size(-1))
     ),
 }

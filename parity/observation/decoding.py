@@ -109,8 +109,13 @@ class Decoded:
     beams: Beams | None = None
 
 
-def references(folder: Path, probe: Probe, prefill: int, prompts: Sequence[Prompt], precision: str) -> References:
-    """Ask transformers: the probe whole, and one token at a time after `prefill`; and to continue each prompt."""
+def references(
+    folder: Path, probe: Probe, prefill: int, prompts: Sequence[Prompt], precision: str, beams: bool = False
+) -> References:
+    """Ask transformers: the probe whole, and one token at a time after `prefill`; and to continue each prompt.
+
+    With `beams`, by beam search too.
+    """
     from transformers import DynamicCache
 
     def whole(**loading: Any) -> Floats:
@@ -130,7 +135,7 @@ def references(folder: Path, probe: Probe, prefill: int, prompts: Sequence[Promp
         cached=torch.cat(pieces, dim=1).float().numpy(),
         oracle=whole(oracle=True) if precision != "fp32" else None,
         texts=tuple(texts),
-        beams=beam_search(model, prompts[0]) if precision == "fp32" else None,
+        beams=beam_search(model, prompts[0]) if beams else None,
         oracles=() if precision == "fp32" else tuple(oracle_along(folder, prompts, texts, precision)),
     )
 

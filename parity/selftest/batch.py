@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from parity.backends import held_in
 from parity.checks.bench import Bench
 from parity.pickled import read, write
 from parity.rank_failure import RankFailure
@@ -101,10 +102,10 @@ class ReplayBench(Bench):
 
         def make() -> Path:
             folder = Path(tempfile.mkdtemp(prefix="coded-", dir=self.shared.folder))
-            dtype = {"fp32": "float32", "bf16": "bfloat16"}[self.case.precision]
+            dtype = {"fp32": "float32", "bf16": "bfloat16"}[held_in(self.case.precision)]
             return accompany(write_checkpoint(self.subject.config, folder, kind="coded", dtype=dtype, shards=3))
 
-        found: Path = self.shared.once(("coded in files", self.case.slug, self.case.precision), make)
+        found: Path = self.shared.once(("coded in files", self.case.slug, held_in(self.case.precision)), make)
         return found
 
     @contextmanager

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from converters.errors import TopologyError
 from converters.sources import read_config
 from converters.topology import Topology
-from parity.backends import refusals
+from parity.backends import BACKENDS, QUANTISED
 from parity.seeded import write_checkpoint
 from parity.subjects import Subject, config_of, slug_of, subject
-from parity.tiny import shrink, with_layers
+from parity.tiny import Axes, shrink, with_layers
 
 LAYERS = 4
+QUANTISABLE = Axes(layers=2, groups=2, heads_per_group=3, hidden=288, ffn=448)
+"""Over tp 2, every size of a linear layer is a multiple of 32, and several blocks of 128 lie along most."""
 CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -27,13 +29,20 @@ class Bed:
     Args:
         model: A name of `configs`.
         topology: The layout.
+        backend: What it runs on.
+        precision: Of weights and activations, or of matrix products.
     """
 
     model: str
     topology: Topology
+    backend: str = "megatron"
+    precision: str = "fp32"
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.topology}"
+        unusual = [
+            name for name, usual in ((self.precision, "fp32"), (self.backend, "megatron")) if name != usual
+        ]
+        return "-".join([self.model, str(self.topology), *unusual])
 
 
 TP2, PP2, CP2 = Topology(tp=2), Topology(pp=2), Topology(cp=2)
@@ -44,9 +53,17 @@ BEDS: tuple[Bed, ...] = (
     Bed(model="tied", topology=PP2),
     Bed(model="tied", topology=Topology(pp=2, vpp=2)),
     Bed(model="tied", topology=CP2),
-    Bed(model="half", topology=TP2),
+    Bed(model="half", topology=TP2, precision="bf16"),
+    Bed(model="tied", topology=TP2, backend="te"),
+    Bed(model="biased", topology=TP2, backend="te"),
+    Bed(model="ghosts", topology=TP2, backend="te"),
+    Bed(model="tied", topology=CP2, backend="te"),
+    Bed(model="tied", topology=Topology(tp=2, sp=True), backend="te"),
+    *(Bed(model="aligned", topology=TP2, backend="te", precision=precision) for precision in QUANTISED),
 )
 """In order of preference: a fault is tried on the first where it shows."""
+ANYWHERE = ("tied", "biased", "square", "half")
+"""The models of clean runs in further layouts."""
 LAYOUTS = (
     Topology(tp=2, sp=True),
     Topology(dp=2),
@@ -119,6 +136,9 @@ def configs() -> dict[str, dict[str, Any]]:
         "biased": biased,
         "square": square,
         "half": tied | {"torch_dtype": "bfloat16"},
+        # groups that do not divide over tp
+        "ghosts": odd | biased | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 78},
+        "aligned": shrink(read_config("Llama-3.2-1B"), QUANTISABLE) | {"head_dim": 128, "torch_dtype": "bfloat16"},
     }
 
 
@@ -144,10 +164,16 @@ def packaged() -> Stock:
     known = configs()
     # Layouts in turn, each with another model than the time before: their counts have no divisor in common.
     further = [
-        Bed(model=tuple(known)[n % len(known)], topology=LAYOUTS[n % len(LAYOUTS)])
-        for n in range(len(known) * len(LAYOUTS))
+        Bed(model=name, topology=LAYOUTS[n % len(LAYOUTS)], precision=held(known[name]))
+        for n in range(len(ANYWHERE) * len(LAYOUTS))
+        for name in [ANYWHERE[n % len(ANYWHERE)]]
     ]
-    clean = (*BEDS, *(bed for bed in further if fits(known[bed.model], bed.topology)))
+    # Every third on the other backend, where it can be.
+    further = [
+        there if n % 3 == 2 and fits(known[bed.model], there := replace(bed, backend="te")) else bed
+        for n, bed in enumerate(further)
+    ]
+    clean = tuple(dict.fromkeys((*BEDS, *(bed for bed in further if fits(known[bed.model], bed)))))
     return Stock(
         configs=known,
         beds=BEDS,
@@ -156,13 +182,18 @@ def packaged() -> Stock:
     )
 
 
-def fits(config: Mapping[str, Any], topology: Topology) -> bool:
-    """Whether a model can be cut over a layout, layers shared out as evenly as they can be."""
+def fits(config: Mapping[str, Any], bed: Bed) -> bool:
+    """Whether a model can be cut over the layout of a bed, layers shared out as evenly as they can be."""
     try:
-        topology.evenly(config["num_hidden_layers"])
+        bed.topology.evenly(config["num_hidden_layers"])
     except TopologyError:
         return False
-    return not refusals(config, topology)
+    return not BACKENDS[bed.backend].refusals(config, bed.topology, bed.precision)
+
+
+def held(config: Mapping[str, Any]) -> str:
+    """The precision that a checkpoint is in: `bf16` or `fp32`."""
+    return "bf16" if "bfloat16" in (config.get("torch_dtype"), config.get("dtype")) else "fp32"
 
 
 def of_model(model: str, *, size: Literal["tiny", "full"]) -> Stock:
@@ -180,9 +211,11 @@ def of_model(model: str, *, size: Literal["tiny", "full"]) -> Stock:
         config = with_layers(config, LAYERS)
     config = config | {"torch_dtype": "float32"} if size == "tiny" else config
     slug = slug_of(model, size=size)
-    layouts = dict.fromkeys([*(bed.topology for bed in BEDS), *LAYOUTS])
-    clean = [Bed(model=slug, topology=topology) for topology in layouts if fits(config, topology)]
-    beds = [bed for bed in clean if bed.topology not in LAYOUTS]
+    stated = [Bed(model=slug, topology=bed.topology, backend=bed.backend) for bed in BEDS if bed.model != "aligned"]
+    further = [Bed(model=slug, topology=topology) for topology in LAYOUTS]
+    every = [replace(bed, precision=held(config)) for bed in dict.fromkeys([*stated, *further])]
+    clean = [bed for bed in every if fits(config, bed)]
+    beds = [bed for bed in clean if bed.topology not in LAYOUTS or bed.backend != "megatron"]
     if not beds:
         raise TopologyError(f"{model} fits none of {', '.join(str(bed.topology) for bed in BEDS)}")
 

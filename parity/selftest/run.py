@@ -203,10 +203,16 @@ def variants(names: str = "*", *, stock: Stock, seeds: int = 1, full: bool = Fal
     """
     out: list[Variant] = []
     for fault in selected(names):
-        fits = [bed for bed in stock.beds if fault.applies(stock.configs[bed.model], bed.topology)]
+        fits = [
+            bed
+            for bed in stock.beds
+            if fault.applies(stock.configs[bed.model], bed.topology, backend=bed.backend, precision=bed.precision)
+        ]
         if not fault.equivalent:
-            fits = [bed for bed in fits if bed.model != "half"] or fits
-        for bed in fits if full else fits[:1]:
+            fits = [bed for bed in fits if bed.precision != "bf16"] or fits
+        # The first for each backend and precision of products: what is below decides how a fault shows.
+        first = {(bed.backend, bed.precision if fault.precisions else ""): bed for bed in reversed(fits)}
+        for bed in fits if full else [bed for bed in fits if bed in first.values()]:
             for at in fault.at:
                 out.append(Variant(fault=fault, at=at, bed=bed))
                 if fault.layered:
@@ -276,7 +282,7 @@ class SelfTest:
                 pending = _unexplained(jobs, pending)
             asked_now: dict[bytes, _Asked] = {}
             for job, question in pending:
-                same = (job.bench.case.topology, question)
+                same = (job.bench.case.topology, job.bench.case.backend, question)
                 asked_now.setdefault(pickle.dumps(same), (question, []))[1].append(job)
             going = {id(job) for job, _ in pending}
             for job in waiting:
@@ -378,9 +384,8 @@ class SelfTest:
             model=bed.model,
             slug=subject.slug,
             topology=bed.topology.evenly(subject.config["num_hidden_layers"]),
-            precision="bf16"
-            if "bfloat16" in (subject.config.get("torch_dtype"), subject.config.get("dtype"))
-            else "fp32",
+            precision=bed.precision,
+            backend=bed.backend,
             device="cpu",
         )
         converter = self.converter
@@ -456,8 +461,8 @@ def _batches(questions: Iterable[_Asked]) -> Iterator[list[_Asked]]:
     together: dict[object, list[_Asked]] = {}
     for question, askers in questions:
         job = askers[0]
-        topology = job.bench.case.topology
-        key = (topology, job.variants[0].fault, job.variants[0].at) if job.alone else (topology,)
+        where = (job.bench.case.topology, job.bench.case.backend)
+        key = (*where, job.variants[0].bed, job.variants[0].fault, job.variants[0].at) if job.alone else where
         together.setdefault(key, []).append((question, askers))
     for group in together.values():
         for at in range(0, len(group), BATCH):

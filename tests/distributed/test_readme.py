@@ -28,6 +28,15 @@ def test_its_python_converts(zygote: Zygote, tmp_path: Path) -> None:
     assert (tmp_path / "exported" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_its_python_generates(zygote: Zygote, tmp_path: Path) -> None:
+    config = with_layers(shrink(read_config("Llama-3.2-1B")), 2) | {"pad_token_id": 300}
+    folder = write_checkpoint(config, tmp_path / "model")
+    ((prompt, made, same),) = zygote.run(readme.generate, README, folder, backend=None)
+    assert prompt[0] == made[0] == 2
+    assert made[1] > prompt[1]
+    assert same
+
+
 def commands(program: str) -> list[list[str]]:
     """The lines of its shell blocks that call `program`."""
     blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)

@@ -126,7 +126,7 @@ def test_weights(
     assert named(found)[0] == cause
     assert not any(kind in ("config", "computation") for kind, _ in named(found))
     assert found.text.startswith(f"first wrong: {first} (sequence")
-    assert "transformers with that computes what Megatron does" in found.text
+    assert "transformers with that computes what the model does" in found.text
 
 
 CHANGED = [

@@ -1,8 +1,9 @@
-"""`--backend te`: which cases there are, that a right model passes each check, and that a wrong one fails the right one."""
+"""`--backend te`: its cases; that a right model passes every check, and that a wrong one fails the right one."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def test_cases() -> None:
         "llama-3.2-1b-tiny-tp2-pp1-fp32-te",
         "llama-3.2-1b-tiny-aligned-tp2-pp1-fp8-block-te",
     ]
-    assert all("fp8-block is a recipe of Transformer Engine's layers: add --backend te" in why for why in left_out.values())
+    assert all(
+        "fp8-block is a recipe of Transformer Engine's layers: add --backend te" in why for why in left_out.values()
+    )
     assert len(left_out) == 2
 
 
@@ -62,7 +65,10 @@ def test_cases() -> None:
         ({"pp": "2"}, "no pipeline"),
         ({"dp": "2"}, "know nothing of data parallelism"),
         ({"tp": "3"}, "a feed-forward width of 88 does not divide over tp=3"),
-        ({"tp": "4", "precision": "mxfp8"}, "mxfp8 takes sizes of linear layers that are multiples of 32: feed-forward 112"),
+        (
+            {"tp": "4", "precision": "mxfp8"},
+            "mxfp8 takes sizes of linear layers that are multiples of 32: feed-forward 112",
+        ),
     ],
 )
 def test_what_cannot_be_is_left_out(options: dict[str, str], reason: str) -> None:
@@ -176,7 +182,10 @@ def test_a_fault_below_bfloat16(on: On) -> None:
     assert "logits, random ids" in failed(on(forward.logits_and_loss, ONE, "fp8-current", Broken("k and v")))
 
 
-def test_a_converter_to_megatron_alone_leaves_te_out(run: Callable[..., pytest.RunResult], model: Path) -> None:
+def test_a_converter_to_megatron_alone_leaves_te_out(
+    run: Callable[..., pytest.RunResult], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     result = run(f"--model={model}", "--backend=te", "--converter=te_converters:OneWay")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*the converter has no to_te and no te_to_hf, which --backend te calls*"])

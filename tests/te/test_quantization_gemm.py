@@ -222,6 +222,28 @@ def test_a_kept_weight_is_of_its_recipe_and_its_gemm() -> None:
     assert copied._quantized == {}
 
 
+def test_a_kept_weight_is_not_another_one_in_its_place() -> None:
+    unit, module, place = Unit.of(17), Module(), Unit.of(17).weight.detach()
+    with torch.no_grad(), autocast(recipe=Float8BlockScaling()):
+        first = torch.nn.Parameter(place)
+        module.gemm(unit.x, first)
+        # The same memory and the same count of changes, other values, another parameter.
+        place.data.copy_(place.flip(0))
+        second = torch.nn.Parameter(place)
+        assert (second.data_ptr(), second._version) == (first.data_ptr(), first._version)
+        assert torch.equal(module.gemm(unit.x, second), Module().gemm(unit.x, second))
+
+
+def test_a_kept_weight_follows_its_delayed_scale() -> None:
+    unit, module = Unit.of(18), Module()
+    with torch.no_grad(), autocast(recipe=DelayedScaling()):
+        module.gemm(unit.x, unit.weight)
+        assert module.delayed is not None
+        module.delayed.forward.scale[1] = 37.0
+        fresh = copy.deepcopy(module)
+        assert torch.equal(module.gemm(unit.x, unit.weight), fresh.gemm(unit.x, unit.weight))
+
+
 def test_stochastic_rounding_follows_the_seed() -> None:
     grads: list[Tensor] = []
     for seed in (1, 1, 2):

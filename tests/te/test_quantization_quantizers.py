@@ -206,7 +206,7 @@ def test_nvfp4_by_hand() -> None:
 @pytest.mark.parametrize("block", [(1, 16), (16, 16)])
 def test_nvfp4_scales_at_two_levels(block: tuple[int, int]) -> None:
     x = spread(32, 96, 10, orders=3)
-    whole = np.float32(448 * 6) / np.float32(x.abs().max())
+    whole = np.float32(448 * 6) / np.float32(float(x.abs().max()))
 
     def scale(amax: np.float32) -> np.float32:
         level = np.float32(nearest(amax * (whole * np.float32(1 / 6)), E4M3))

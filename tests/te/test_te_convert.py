@@ -134,6 +134,7 @@ RECIPE = odd_config() | {
         (odd_config() | {"architectures": ["NVLlamaForCausalLM"]}, "te"),
         (odd_config() | {"model_type": "nvllama", "architectures": None}, "te"),
         (odd_config() | {"architectures": None, "layer_precision": None}, "te"),
+        ({"layer_precision": None, "attn_input_format": "bshd"} | odd_config(), "te"),  # its own fields first
     ],
 )
 def test_the_column_of_a_folder(config: dict[str, Any], column: str) -> None:
@@ -284,6 +285,15 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
         to_te(source, target)
     to_te(source, target, overwrite=True)
     assert not beside(target)
+
+
+def test_a_bridge_to_megatron_says_to_convert_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    from converters.bridge import AutoBridge
+
+    to_te(folders["tied"], tmp_path / "te")
+    with pytest.raises(ConfigError, match=r"in the 'te' column, expected 'hf': convert it first"):
+        AutoBridge.from_hf_pretrained(tmp_path / "te")
+    assert not AutoBridge.can_handle(tmp_path / "te")
 
 
 def test_a_tied_head_that_is_stored_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ class autocast(contextlib.ContextDecorator):
         assert self.outer is not None
         _manager.context, self.outer = self.outer, None
         _manager.depth -= 1
-        if self.context.enabled and _manager.depth == 0 and torch.is_grad_enabled():
+        # After an error other ranks may never come here, and would be waited for.
+        whole = exception[0] is None
+        if whole and self.context.enabled and _manager.depth == 0 and torch.is_grad_enabled():
             update(forward=True)
 
 

@@ -81,14 +81,16 @@ def train(
 
 
 def token_mean(
-    logits: Tensor, labels: Any, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch: Any, **_: Any
+    logits: Tensor, labels: Any, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch: Any = None, **_: Any
 ) -> Tensor:
     """The loss of the tokens that this rank has of a micro-batch, over the number of all, in the model's own forward.
 
     In the place of transformers' own, whose kernel adds up a vocabulary one by one on the CPU: that loses 4e-4 of the
     gradients of a large one. How tokens are counted, and shares added up, is the model's.
     """
-    return cross_entropy(logits, shift_labels, torch.float64).sum() / num_items_in_batch
+    return cross_entropy(logits, shift_labels, torch.float64).sum() / (
+        num_items_in_batch or (shift_labels != IGNORED).sum()
+    )
 
 
 def masters_of(model: Any) -> dict[str, torch.nn.Parameter]:
