@@ -155,16 +155,16 @@ def check_frequencies(checkpoint: Checkpoint) -> None:
 
 
 def _infos(plan: Plan, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Shape and dtype of each target tensor, by name, as transformers orders them in a file."""
+    """Shape and dtype of each target tensor."""
     dtypes = {copy.target.key: held[copy.source.key].dtype for copy in plan.copies if copy.kind != "verify"}
     return {
         key: TensorInfo(shape, dtypes[key] if key in dtypes else export.fill_dtype(key, dtypes))
-        for key, shape in sorted(plan.target_tensors.items())
+        for key, shape in plan.target_tensors.items()
     }
 
 
 def _like(plan: Plan, shards: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The target's tensors by file: each goes into the file of the source that holds its first element."""
+    """The target's tensors by file: where the source has the first element of each. In order of names, as published."""
     where = {key: file for file, keys in shards.items() for key in keys}
     found: dict[str, str] = {}
     for key, copies, _ in plan.by_target():

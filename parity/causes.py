@@ -33,6 +33,7 @@ KINDS = (
     "files",
     "unreadable",
     "computation",
+    "quantisation",
     "reference",
     "ranks",
     "unexplained",

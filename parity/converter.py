@@ -74,6 +74,16 @@ class WithTe(Protocol):
         """Write it as a Hugging Face folder; see `Converter.to_hf`."""
 
 
+class WithFp8(Protocol):
+    """What a converter has besides, for FP8 checkpoints. From folder to folder, in one process."""
+
+    def quantize(self, source: Path, target: Path, scheme: str) -> None:
+        """Write the plain checkpoint `source` in an FP8 format, a name of `parity.statement.fp8.FORMATS`."""
+
+    def dequantize(self, source: Path, target: Path) -> None:
+        """Write the FP8 checkpoint `source` as a plain one in float32."""
+
+
 class Own:
     """This package's converter, by way of `AutoBridge`."""
 
@@ -102,6 +112,19 @@ class Own:
         from converters.te import convert
 
         convert.save(model, source, target)
+
+
+    def quantize(self, source: Path, target: Path, scheme: str) -> None:
+        """As `WithFp8.quantize`; blocks may reach over the edge of a weight, as those of tiny models do."""
+        from converters.quantized.export import quantize
+
+        quantize(source, target, scheme, partial_blocks=True)
+
+    def dequantize(self, source: Path, target: Path) -> None:
+        """As `WithFp8.dequantize`."""
+        from converters.quantized.restore import dequantize
+
+        dequantize(source, target, dtype="float32")
 
 
 def te_options(settings: Settings) -> dict[str, Any]:
@@ -201,6 +224,34 @@ class Named:
     def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
         """As `WithTe.te_to_hf`."""
         with_te(find(self.name)).te_to_hf(model, source, target)
+
+
+    def quantize(self, source: Path, target: Path, scheme: str) -> None:
+        """As `WithFp8.quantize`."""
+        with_fp8(find(self.name)).quantize(source, target, scheme)
+
+    def dequantize(self, source: Path, target: Path) -> None:
+        """As `WithFp8.dequantize`."""
+        with_fp8(find(self.name)).dequantize(source, target)
+
+
+def with_fp8(converter: Any) -> WithFp8:
+    """The converter, which must write and read FP8 checkpoints.
+
+    Raises:
+        SourceError: It does not.
+    """
+    if reason := without_fp8(converter):
+        raise SourceError(reason)
+    return converter  # type: ignore[no-any-return]
+
+
+def without_fp8(converter: Any) -> str:
+    """Why a converter has no FP8 checkpoints, or an empty string."""
+    inner = find(converter.name) if isinstance(converter, Named) else getattr(converter, "inner", converter)
+    inner = find(inner.name) if isinstance(inner, Named) else inner
+    missing = [method for method in ("quantize", "dequantize") if not callable(getattr(inner, method, None))]
+    return f"the converter has no {' and no '.join(missing)}, which FP8 checkpoints need" if missing else ""
 
 
 def with_te(converter: Any) -> WithTe:

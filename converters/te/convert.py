@@ -87,7 +87,6 @@ def convert_llama_te_to_hf(model_te: NVLlamaForCausalLM, **config_kwargs: Any) -
     _move(_family(config).plan("te", "hf", config), model_te, model_hf, "the Transformer Engine model")
     frequencies = model_hf.model.rotary_emb
     frequencies.inv_freq = model_te.model.rotary_emb.inv_freq.to(frequencies.inv_freq, copy=True)
-    model_hf.tie_weights()
     return _alike(model_hf, model_te)
 
 

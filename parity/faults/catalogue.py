@@ -139,6 +139,8 @@ NEEDS: Mapping[str, Callable[[Mapping[str, Any], Topology], bool]] = {
     "bf16": lambda config, _: config.get("torch_dtype") == "bfloat16",
     "fp32": lambda config, _: config.get("torch_dtype") != "bfloat16",
     "no cp": lambda _, topology: topology.cp == 1,
+    "no sp": lambda _, topology: not topology.sp,
+    "sp": lambda _, topology: topology.sp,
     "ranks": lambda _, topology: topology.world_size > 1,
 }
 """What a fault may need, of the config and the layout."""

@@ -24,16 +24,35 @@ FORWARD = (
 )
 IN_BLOCKS = ("gelu", "rope interleaved")
 """Those that the check of every block's output has to see as well."""
+ON_TE = (
+    # as `FORWARD`, of Transformer Engine's layers alone
+    ("left padding ignored", "left padding ignored", ("no cp", "no sp"), ("mask",)),
+    ("packed sequences leak", "packed sequences leaking", ("no cp",), ("mask",)),
+    ("padded tail uncounted", "TE #3331", ("cp",), ("mask",)),
+    ("vocabulary halves exchanged", "MB #625", ("tp",), ()),
+)
 DECODING = (
     ("cache stale by one", "", (), ("cache",)),
     ("decode positions off by one", "", (), ("positions", "cache")),
     ("padding ignored in decode", "", (), ("mask", "cache")),
+    ("beam cache not reordered", "", (), ("cache",)),
 )
 TRAINING = (
     ("cp loss averaged", "a mean of each rank", ("cp",), ("loss", "gradients")),
     ("default p2p", "pp 2 with vpp", ("pp", "vpp"), ("gradients",)),
     ("tied gradients not added", "MB #957", ("tied", "pp"), ("gradients",)),
+    ("gradients of norms not added", "sequence parallelism without its reduction", ("sp",), ("gradients",)),
 )
+BOTH, TE = ("megatron", "te"), ("te",)
+BACKENDS = {
+    **dict.fromkeys((name for name, *_ in FORWARD), BOTH),
+    **dict.fromkeys(("mask ignored", "softmax in bf16"), ("megatron",)),
+    **dict.fromkeys((name for name, *_ in DECODING), BOTH),
+    **dict.fromkeys(("default p2p", "tied gradients not added"), ("megatron",)),
+    **dict.fromkeys(("cp loss averaged",), BOTH),
+    **dict.fromkeys((*(name for name, *_ in ON_TE), "beam cache not reordered", "gradients of norms not added"), TE),
+}
+"""Where each is tried."""
 RANKS = (
     ("a rank dies", "MB #3428"),
     ("a rank hangs", "MB #3428"),
@@ -56,8 +75,9 @@ FAULTS = (
             needs=needs,
             causes=_causes(parts) + (Cause(kind="config", what=("rms_norm_eps",)),) * (name == "eps 1e-6"),
             checks=("logits", "blocks") if name in IN_BLOCKS else ("logits",),
+            backends=BACKENDS[name],
         )
-        for name, source, needs, parts in FORWARD
+        for name, source, needs, parts in (*FORWARD, *ON_TE)
     ),
     *(
         Fault(
@@ -69,6 +89,7 @@ FAULTS = (
             needs=("no cp", "no vpp", *needs),
             causes=_causes(parts),
             checks=("decoding",),
+            backends=BACKENDS[name],
         )
         for name, source, needs, parts in DECODING
     ),
@@ -82,6 +103,7 @@ FAULTS = (
             needs=needs,
             causes=_causes(parts),
             checks=("training",),
+            backends=BACKENDS[name],
         )
         for name, source, needs, parts in TRAINING
     ),

@@ -74,6 +74,9 @@ CHECKS: tuple[Check, ...] = (
     Check(name="blocks", function="activations:every_block", reads=("import",), dear=True),
     Check(name="decoding", function="decoding:with_cache", reads=("import",), dear=True),
     Check(name="training", function="training:steps", reads=("import",), dear=True),
+    Check(name="products", function="quantisation:products", reads=("import",), dear=True),
+    Check(name="state", function="quantisation:state", reads=("import",), dear=True),
+    Check(name="checkpoints", function="quantisation:checkpoints", reads=("export",), dear=True),
 )
 
 

@@ -115,6 +115,7 @@ def test_a_config_there_and_back_is_the_same_text(spelled: Any) -> None:
         name: value for name, value in config.items() if name not in {*DEFAULTS, "model_type", "architectures"}
     } == {name: value for name, value in json.loads(text).items() if name not in {"model_type", "architectures"}}
     assert TE.to_hf(there) == text
+    assert ('\n  "attn_input_format": ' in there) == ('\n  "rms_norm_eps": ' in text), "laid out as the rest"
 
 
 # What `NVLlamaConfig.save_pretrained` of the recipe writes, and the `auto_map` that its export adds.
@@ -374,7 +375,7 @@ def test_live_models_convert_both_ways(folders: dict[str, Path], tmp_path: Path,
     expected, actual = hf.eval()(ids).logits, te.eval()(ids).logits
     assert (expected - actual).abs().max() < 1e-4 * expected.abs().max()
     back = convert.convert_llama_te_to_hf(te)
-    assert type(back) is LlamaForCausalLM
+    assert (type(back), back.training) == (LlamaForCausalLM, False)
     same(parameters(back), parameters(hf))
     assert torch.equal(back.model.rotary_emb.inv_freq, hf.model.rotary_emb.inv_freq)
     assert (back.lm_head.weight is back.model.embed_tokens.weight) == tied
@@ -414,6 +415,7 @@ def test_load_and_save(folders: dict[str, Path], tmp_path: Path, name: str) -> N
     source, te = folders[name], tmp_path / "te"
     to_te(source, te)
     model = convert.load(source, device="cpu")
+    assert not model.training
     same(parameters(model), tensors(te))
     same(parameters(convert.load(te, device="cpu", attn_input_format="bshd")), tensors(te))
     stated = json.loads((source / "generation_config.json").read_text())

@@ -169,6 +169,10 @@ def test_a_rank_holds_what_the_layers_cut(name: str, tp: int) -> None:
         mesh = Mesh(topology, coord)
         held = run(there.restrict(target=mesh), hf)
         same(held, shard(whole, config, topology, rank))
+        folder = plan(config, "te", "te", unpadded="source", **padded)
+        same(run(folder.restrict(target=mesh), whole), held)
+        assert folder.inverse().target_tensors == {key: tuple(tensor.shape) for key, tensor in whole.items()}
+        assert folder.inverse().inverse() == folder
         # And what it holds is all that its part of a Megatron-Core model is made of.
         megatron = run(plan(config, "hf", "megatron", **padded).restrict(target=mesh), hf)
         onward = plan(config, "te", "megatron", **padded).restrict(source=mesh, target=mesh)
