@@ -113,7 +113,6 @@ class Own:
 
         convert.save(model, source, target)
 
-
     def quantize(self, source: Path, target: Path, scheme: str) -> None:
         """As `WithFp8.quantize`; blocks may reach over the edge of a weight, as those of tiny models do."""
         from converters.quantized.export import quantize
@@ -224,7 +223,6 @@ class Named:
     def te_to_hf(self, model: Module, source: Path, target: Path) -> None:
         """As `WithTe.te_to_hf`."""
         with_te(find(self.name)).te_to_hf(model, source, target)
-
 
     def quantize(self, source: Path, target: Path, scheme: str) -> None:
         """As `WithFp8.quantize`."""

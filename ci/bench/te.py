@@ -217,7 +217,8 @@ def _measure(contestant: Contestant, options: argparse.Namespace) -> dict[str, l
     # Only quantised weights are kept between calls; the value says whether they are made anew.
     kept = {"is_first_microbatch": False} if contestant.precision else {}
     for index in range(options.repeat + 1):
-        cache, first = cache_of(model, options), []
+        first: list[Tensor] = []
+        cache = cache_of(model, options)
         note("prefill", partial(_first, first, model, ids, cache, kept), index)
         if contestant.precision is None or options.batch % 8 == 0:
             note("decode", partial(decode, model, ids, first, cache, options.new, kept), index)

@@ -121,8 +121,8 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         layers = {f"{name}.{EXTRA_STATE}": module for name, module in self.named_modules() if _has_extra_state(module)}
         if unknown := states.keys() - layers.keys():
             raise CheckpointError(listing("extra states of layers that this model does not have", unknown))
-        for key, state in states.items():
-            layers[key].set_extra_state(state)
+        for key, module in layers.items():  # one whose state is missing refuses to go on with that of other weights
+            module.set_extra_state(states.get(key))
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -43,7 +43,7 @@ def products(bench: Bench) -> Iterator[Finding]:
         worst = max(mine, key=lambda one: one.off / one.bound if one.off == one.off else float("inf"))
         over = [one for one in mine if not one.off <= one.bound]
         part = name.partition(",")[0]
-        if over and name != "head" and all(one.plain <= one.bound for one in over):
+        if over and name == "forward" and all(one.plain <= one.bound for one in over):
             part = "off"
         yield Measurement.within(
             f"products, {name}",

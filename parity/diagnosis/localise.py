@@ -17,7 +17,13 @@ from parity.rank_failure import RankFailure
 if TYPE_CHECKING:
     from parity.diagnosis.exchange import Verdict
 
-ELSEWHERE = (("decod", "cache"), ("generat", "cache"), ("gradient", "gradients"), ("loss curve", "gradients"))
+ELSEWHERE = (
+    ("decod", "cache"),
+    ("generat", "cache"),
+    ("beam", "cache"),
+    ("gradient", "gradients"),
+    ("loss curve", "gradients"),
+)
 """Words in the name of a check that no forward of a whole sequence explains, and the sub-module that it is about."""
 
 

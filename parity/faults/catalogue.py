@@ -16,9 +16,7 @@ from parity.causes import Cause
 from parity.faults.mutations import Live, Mutation, Patch, Quantised, Resize
 
 At = Literal["import", "export", "cancel"]
-Family = Literal[
-    "layout", "missing", "files", "config", "vocabulary", "dtype", "quantisation", "running", "verifier"
-]
+Family = Literal["layout", "missing", "files", "config", "vocabulary", "dtype", "quantisation", "running", "verifier"]
 FAMILIES: tuple[Family, ...] = (
     "layout",
     "missing",

@@ -96,9 +96,7 @@ class Faulty:
                 patches[mutation.name](models)
         return models
 
-    def _exported(
-        self, models: Sequence[Module], source: Path, target: Path, write: Callable[[], None]
-    ) -> None:
+    def _exported(self, models: Sequence[Module], source: Path, target: Path, write: Callable[[], None]) -> None:
         import torch.distributed as dist
 
         from converters import collective

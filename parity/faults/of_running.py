@@ -9,7 +9,8 @@ from parity.faults.mutations import Patch, Values
 FORWARD = (
     # name, source, needs, sub-modules that a diagnosis may name
     ("inv_freq in bf16", "Automodel #2549", (), ("rope", "attention")),
-    ("eps outside the root", "MB #5712, gpt-neox #1345", (), ("norm",)),
+    # Transformer Engine's norms are part of the linear that follows, and of what it is called.
+    ("eps outside the root", "MB #5712, gpt-neox #1345", (), ("norm", "attention")),
     ("eps 1e-6", "MB #5712", (), ("norm",)),
     ("scale by hidden", "Fast-LLM #102", ("own head_dim",), ("attention",)),
     ("no causal mask", "a mask that is not asked for", ("no cp",), ("mask", "attention")),

@@ -207,7 +207,7 @@ def _raises(_: Sequence[Any]) -> None:
 
 
 def in_module(where: str, name: str, wrong: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
-    """A patch of what running stands on, in a module or `module:class`: `wrong` makes the wrong one of the right one."""
+    """A patch of what running stands on, in a module or `module:class`: `wrong` is made of the right one."""
 
     def patch(_: Sequence[Any]) -> None:
         module, _, kind = where.partition(":")
@@ -266,7 +266,9 @@ PATCHES: Mapping[str, Callable[[Sequence[Any]], None]] = {
     "cp loss averaged": in_module(TRAINING, "token_mean", _rank_mean),
     "default p2p": in_module(TRAINING, "schedule_options", _no_p2p_options),
     "tied gradients not added": _untied_gradients,
-    "cache stale by one": in_module(GENERATION, "cache_length", lambda right: lambda context: max(0, right(context) - 1)),
+    "cache stale by one": in_module(
+        GENERATION, "cache_length", lambda right: lambda context: max(0, right(context) - 1)
+    ),
     "decode positions off by one": in_module(
         GENERATION,
         "decode_positions",

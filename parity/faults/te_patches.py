@@ -90,6 +90,16 @@ def _without(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return lambda right: lambda *given, **named: right(*given, **named | dict.fromkeys(names))
 
 
+def _unmasked(right: Callable[..., Any]) -> Callable[..., Any]:
+    """Padding is not masked; a mask that masks nothing stays."""
+
+    def wrong(*given: Any, attention_mask: Tensor | None = None, **named: Any) -> Any:
+        masked = attention_mask is not None and not bool(attention_mask.all())
+        return right(*given, attention_mask=None if masked else attention_mask, **named)
+
+    return wrong
+
+
 def _one_sequence(right: Callable[..., Any]) -> Callable[..., Any]:
     """Packed sequences are taken for one."""
 
@@ -109,7 +119,7 @@ def _padding_uncounted(right: Callable[..., Any]) -> Callable[..., Any]:
             starts[-1] = named["cu_seqlens_q_padded"][-1]  # the last one takes what is left over
             size = 2 * attention.cp_group.size()
             starts[1:-1] = starts[1:-1] // size * size
-            rope = importlib.import_module(f"{REFERENCE}.multi_head_attention")
+            rope: Any = importlib.import_module(f"{REFERENCE}.multi_head_attention")
             turn = rope.apply_rotary_pos_emb
             rope.apply_rotary_pos_emb = lambda *x, **options: turn(*x, **options | {"cu_seqlens": starts})
             try:
@@ -157,7 +167,7 @@ PATCHES: Mapping[str, Patched] = {
     "one token ahead": _seen(lambda query, key: key <= query + 1),
     "sliding window": _seen(lambda query, key: (key <= query) & (key > query - 64)),
     "gelu": _gelu,
-    "left padding ignored": in_module(MODEL, "arrange", _without("attention_mask")),
+    "left padding ignored": in_module(MODEL, "arrange", _unmasked),
     "packed sequences leak": in_module(f"{REFERENCE}.attention", "packed_spans", _one_sequence),
     "padded tail uncounted": in_module(
         f"{REFERENCE}.multi_head_attention:MultiheadAttention", "forward", _padding_uncounted

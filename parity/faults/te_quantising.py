@@ -179,9 +179,9 @@ PATCHES: Mapping[str, Patched] = {
     "codes truncated": in_module(CODES, "encode", _truncated),
     "overflow to NaN": in_module(CODES, "encode", _overflowing),
     "power of two rounded down twice": in_module(f"{QUANTIZATION}.quantizers", "scale_of", _halved),
-    "E8M0 scales rounded down": lambda models: in_module(
-        f"{QUANTIZATION}.quantizers", "encode_e8m0", _power_below
-    )(models),
+    "E8M0 scales rounded down": lambda models: in_module(f"{QUANTIZATION}.quantizers", "encode_e8m0", _power_below)(
+        models
+    ),
     "amax history stale": in_module(f"{QUANTIZATION}.delayed:Direction", "update", _once),
     "backward not quantised": in_module(f"{REFERENCE}.module:Module", "gemm", _plain_backward),
     "head quantised": _quantised_head,

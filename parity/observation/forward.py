@@ -15,6 +15,7 @@ from parity.bounds import Spread, spread
 from parity.converter import Converter, Settings
 from parity.observation import backend
 from parity.observation.observe import Observation, hf_model, hf_observation, hf_observation_apart
+from parity.observation.quantised_hf import MOVES, moved
 from parity.probes import Probe
 
 
@@ -52,7 +53,7 @@ def references(folder: Path, probes: Sequence[Probe], precision: str, rounded: s
     """
     model = hf_model(folder, dtype=rounded, oracle=True) if rounded else hf_model(folder, dtype=precision)
     oracle = None if precision == "fp32" else hf_model(folder, dtype=precision, oracle=True)
-    found = [_reference(model, oracle, probe, calibrate=precision == "fp8-delayed") for probe in probes]
+    found = [_reference(model, oracle, probe, precision) for probe in probes]
     if not below_bf16(precision):
         return found
     first, plain = probes[0], hf_observation(hf_model(folder, dtype=held_in(precision)), probes[0])
@@ -78,10 +79,10 @@ def forward(
     return here if len(here) == len(said) else None
 
 
-def _reference(model: Any, oracle: Any | None, probe: Probe, *, calibrate: bool) -> Reference:
+def _reference(model: Any, oracle: Any | None, probe: Probe, precision: str) -> Reference:
     whole = probe.segments is None
     ask = hf_observation if whole else hf_observation_apart
-    if calibrate:
+    if precision == "fp8-delayed":  # scales come from what was seen before
         hf_observation(model, probe)
 
     def evaluated(attention: str, how: Callable[[Any, Probe], Observation]) -> Observation:
@@ -91,6 +92,9 @@ def _reference(model: Any, oracle: Any | None, probe: Probe, *, calibrate: bool)
     eager, others = evaluated("eager", ask), [evaluated("sdpa", ask)]
     if whole and len(probe.pieces) > 1:
         others.append(evaluated("eager", hf_observation_apart))
+    for seed in range(MOVES if below_bf16(precision) else 0):
+        with moved(model, seed):
+            others.append(evaluated("eager", ask))
     together = None if whole else evaluated("eager", hf_observation)
     expected = eager
     if oracle is not None:

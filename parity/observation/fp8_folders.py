@@ -39,7 +39,7 @@ def checked(converter: Converter, folder: Path, scratch: Path, layers: int) -> C
     for scheme, form in FORMATS.items():
         target, back, again = (scratch / f"{scheme}-{name}" for name in ("fp8", "back", "again"))
         tools.quantize(plain, target, scheme)
-        written = _tensors(target)
+        written = tensors(target)
         found = differences(source, written, json.loads((target / "config.json").read_text()), form)
         count += len(written)
         if not found:
@@ -49,7 +49,7 @@ def checked(converter: Converter, folder: Path, scratch: Path, layers: int) -> C
                 if not torch.equal(restored_by_it[key], restored(written[key], written[key + form.suffix], form)):
                     found.append(f"{key}: not code times scale, once it was made plain again")
             tools.quantize(back, again, scheme)
-            twice = _tensors(again)
+            twice = tensors(again)
             for key in (name for name in written if LINEAR.fullmatch(name.removesuffix(form.suffix))):
                 if written[key].contiguous().view(torch.uint8).ne(twice[key].contiguous().view(torch.uint8)).any():
                     found.append(f"{key}: other bytes when it is quantised again")
@@ -59,7 +59,8 @@ def checked(converter: Converter, folder: Path, scratch: Path, layers: int) -> C
     return Checked(count=count, lines=lines)
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder that may be in FP8."""
     store = SafetensorsFolder(folder, quantized=True)
     return {key: store.tensor(key).clone() for key in store.tensors()}
 

@@ -12,6 +12,7 @@ update smaller than half a rounding step, is what nobody means by training in bf
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 from parity.backends import below_bf16
 from parity.observation.lessons import Lesson, Recipe
 from parity.observation.observe import cross_entropy
-from parity.observation.quantised_hf import quantise
+from parity.observation.quantised_hf import MOVES, moved, quantise
 from parity.probes import IGNORED
 
 Floats = npt.NDArray[np.float64]
@@ -45,6 +46,7 @@ class Way:
         parts: A batch is taken in so many, the last first; gradients are added up in float32.
         split: Each matrix product is made of so many (see `_split_sums`).
         quantised: The precision of matrix products in layers, where they are.
+        seed: Of what moves the numbers that enter them (see `parity.observation.quantised_hf.moved`), if anything does.
     """
 
     weights: torch.dtype = torch.float32
@@ -53,6 +55,7 @@ class Way:
     parts: int = 1
     split: int = 1
     quantised: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,10 @@ def reference(
         ways = [
             (Way(weights=half, arithmetic=half, parts=parts, quantised=precision), batches),
             (Way(weights=half, arithmetic=half, parts=parts, quantised=precision, attention="sdpa"), first),
+            *(
+                (Way(weights=half, arithmetic=half, parts=parts, quantised=precision, seed=n), first)
+                for n in range(MOVES)
+            ),
         ]
     else:
         half = torch.bfloat16
@@ -201,7 +208,8 @@ def _course(folder: Path, batches: Sequence[Lesson], recipe: Recipe, way: Way) -
     losses: list[Floats] = []
     for step, lesson in enumerate(batches):
         optimizer.zero_grad()
-        losses.append(backward(model, masters, lesson, way).numpy())
+        with contextlib.nullcontext() if way.seed is None else moved(model, way.seed):
+            losses.append(backward(model, masters, lesson, way).numpy())
         if step == 0:
             first = {name: _gradient(master).to(torch.float32, copy=True) for name, master in masters.of.items()}
         if step < len(batches) - 1:

@@ -16,8 +16,9 @@ Source: NVIDIA/TransformerEngine v2.20.2, common/recipe/__init__.py (defaults of
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,10 @@ from torch import Tensor
 E4M3, E5M2, FP4 = 448.0, 57344.0, 6.0
 """The largest number of each format."""
 _DTYPES = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+ROUNDOFF = 2.0**-9
+"""Half a step of bfloat16 at most, of a number's own size."""
+MOVES = 4
+"""Evaluations whose numbers are moved (see `moved`), for the spread of the worst token."""
 HADAMARD = 16
 """Tokens that one transform mixes."""
 
@@ -72,6 +77,34 @@ def quantise(model: Any, precision: str) -> None:
         _fuse([mlp.down_proj], ROLES[precision]())
 
 
+@contextlib.contextmanager
+def moved(model: Any, seed: int) -> Iterator[None]:
+    """Every number that enters a quantised product is moved at random, by half a step of bfloat16 at most.
+
+    So may any evaluation move it that rounds at other places, and the few numbers of a coarse format turn some of that
+    into steps of their own. A token with an activation far above all others hangs on a handful of such steps, and how
+    far it is off is another draw in each evaluation: two that share all roundings but the last say little of the worst.
+
+    Args:
+        model: Given to `quantise` before.
+        seed: Of the moves.
+    """
+    products = {
+        linear.forward.func.__self__
+        for linear in model.model.layers.modules()
+        if isinstance(linear, torch.nn.Linear) and isinstance(linear.forward, functools.partial)
+    }
+    assert products, "a model whose products are not quantised"
+    random = torch.Generator().manual_seed(seed)
+    for product in products:
+        product.random = random
+    try:
+        yield
+    finally:
+        for product in products:
+            product.random = None
+
+
 def restore(model: Any) -> Any:
     """The model with products as they were, in the dtype of its weights."""
     for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
@@ -97,6 +130,7 @@ class _Fused:
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
         self._held: Tensor | None = None
+        self.random: torch.Generator | None = None
 
     def ask(self, index: int, x: Tensor) -> Tensor:
         """What linear `index` says to `x` `[... in]`; the first of them is asked first."""
@@ -116,13 +150,17 @@ class _Fused:
         return self._product(x, weight[order])[..., order.argsort()]
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        dtype = x.dtype
+        if self.random is not None:
+            move = torch.rand(x.shape, generator=self.random).to(x.device) * 2 - 1
+            x = x.float() * (1 + move * ROUNDOFF)
         if torch.is_grad_enabled():
-            found: Tensor = _Product.apply(x, weight, self._roles)  # type: ignore[no-untyped-call]
+            found: Tensor = _Product.apply(x, weight, self._roles, dtype)  # type: ignore[no-untyped-call]
             return found
         held = self._held if self._held is not None else self._roles.weight(weight.float())
         self._held = held if self._roles.settled else None
         product = self._roles.input(x.flatten(0, -2).float()) @ held.T
-        return product.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+        return product.to(dtype).reshape(*x.shape[:-1], len(weight))
 
 
 def _fuse(linears: Sequence[torch.nn.Linear], roles: Roles, rows: Tensor | None = None) -> None:
@@ -135,19 +173,19 @@ class _Product(torch.autograd.Function):
     """`x @ weight.T` and its gradients, each of three products with its own quantised operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, roles: Roles) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, roles: Roles, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.roles = roles
         product = roles.input(x.flatten(0, -2).float()) @ roles.weight(weight.float()).T
-        return product.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+        return product.to(dtype).reshape(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         roles, flat = ctx.roles, gradient.flatten(0, -2).float()
         inward = roles.gradient(flat) @ roles.weight_back(weight.float())
         outward = roles.gradient_back(flat).T @ roles.input_back(x.flatten(0, -2).float())
-        return inward.to(x.dtype).view_as(x), outward.to(weight.dtype), None
+        return inward.to(x.dtype).view_as(x), outward.to(weight.dtype), None, None
 
 
 def _rounded(values: Tensor, largest: float) -> Tensor:

@@ -20,7 +20,7 @@ from parity.backends import below_bf16
 from parity.converter import Converter, Settings
 from parity.observation.activations import LOGITS, PARTS, Floats, Yardstick, blocks, everything, yardstick
 from parity.observation.observe import array_of, hf_model, hf_observation
-from parity.observation.quantised_hf import restore
+from parity.observation.quantised_hf import MOVES, moved, restore
 from parity.probes import Probe
 
 Wanted = Callable[[str], bool]
@@ -89,10 +89,9 @@ def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everyt
     model.set_attn_implementation("eager")
     rows = [said(model, probe.alone(piece), wanted) for piece in probe.pieces]
     evaluations.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
-    if below_bf16(precision):
-        # What is quantised is rounded to bfloat16 before, or is not: a large number that lies between two of the few of
-        # its format goes either way, and by itself decides how far its token is off.
-        evaluations.append(said(model.float(), probe, wanted))
+    for seed in range(MOVES) if below_bf16(precision) else ():
+        with moved(model, seed):
+            evaluations.append(said(model, probe, wanted))
     oracle = said(restore(model.float()), probe, wanted) if precision != "fp32" else {}
     return {name: yardstick([one[name] for one in evaluations], oracle.get(name)) for name in evaluations[0]}
 

@@ -34,6 +34,8 @@ MODULES = (
     *(f"parity.observation.{name}" for name in ("backend", "weights", "forward", "taps", "training", "decoding")),
     *(f"parity.{name}" for name in ("selftest.batch", "faults.mutate", "faults.patches", "diagnosis.held")),
     *(f"converters.megatron.{name}" for name in ("provider", "generation", "translate", "specs")),
+    *(f"parity.{name}" for name in ("observation.te.products", "observation.te.state", "faults.te_patches")),
+    *(f"converters.te.{name}" for name in ("convert", "modeling", "generation", "reference", "reference.context")),
 )
 """For a zygote: all that a batch would import, of which there are a hundred."""
 _PEERS = 3.0  # seconds that a rank which failed waits for the others to fail too

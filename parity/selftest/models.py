@@ -39,9 +39,7 @@ class Bed:
     precision: str = "fp32"
 
     def __str__(self) -> str:
-        unusual = [
-            name for name, usual in ((self.precision, "fp32"), (self.backend, "megatron")) if name != usual
-        ]
+        unusual = [name for name, usual in ((self.precision, "fp32"), (self.backend, "megatron")) if name != usual]
         return "-".join([self.model, str(self.topology), *unusual])
 
 
@@ -138,7 +136,8 @@ def configs() -> dict[str, dict[str, Any]]:
         "half": tied | {"torch_dtype": "bfloat16"},
         # groups that do not divide over tp
         "ghosts": odd | biased | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 78},
-        "aligned": shrink(read_config("Llama-3.2-1B"), QUANTISABLE) | {
+        "aligned": shrink(read_config("Llama-3.2-1B"), QUANTISABLE)
+        | {
             "head_dim": 128,
             "torch_dtype": "bfloat16",
             "vocab_size": 351,  # of which each rank's part is a multiple of 8

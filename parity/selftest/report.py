@@ -125,8 +125,8 @@ def show(console: Console, outcomes: Sequence[Outcome], found: Result) -> None:
             by_fault.setdefault(one.variant.fault.name, []).append(one)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("fault", overflow="fold", min_width=36)
-    said = {name for one in outcomes for name, verdict in one.verdicts.items() if verdict != "not applicable"}
-    used = [check.name for check in selftest.CHECKS if check.name in said]
+    had_a_say = {name for one in outcomes for name, verdict in one.verdicts.items() if verdict != "not applicable"}
+    used = [check.name for check in selftest.CHECKS if check.name in had_a_say]
     for name in used:
         table.add_column(name)
     family = ""

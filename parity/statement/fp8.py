@@ -4,9 +4,10 @@ A linear weight of a decoder layer is codes in e4m3 and scales in float32; what 
 the scale of its block. A scale makes the largest element of its block the largest code, 448, but for two roundings to
 bfloat16. Everything else is as it was, a tied head included, which has no tensor.
 
-Source: vllm-project/compressed-tensors 0.20.0, quantization/lifecycle/initialize.py (`weight_scale`, `(1,)` of a tensor,
-    `(rows, 1)` of its channels); huggingface/transformers 5.23, integrations/finegrained_fp8.py (`weight_scale_inv`, one
-    for each 128 x 128, those at the edges in part); OCP 8-bit Floating Point Specification 1.0 (e4m3).
+Source: vllm-project/compressed-tensors 0.20.0, quantization/lifecycle/initialize.py (`weight_scale`, `(1,)` of a
+    tensor, `(rows, 1)` of its channels); huggingface/transformers 5.23, integrations/finegrained_fp8.py
+    (`weight_scale_inv`, one for each 128 x 128, those at the edges in part); OCP 8-bit Floating Point Specification 1.0
+    (e4m3).
 """
 
 from __future__ import annotations

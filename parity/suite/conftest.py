@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from parity.backends import below_bf16
 from parity.case import Case
 from parity.devices import lacking
 
@@ -36,6 +37,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out = [item for item in items if item.name.startswith("test_golden[") and reasons.get(_case_id(item))]
     config.stash[WITHOUT_GOLDEN] = list(dict.fromkeys(reasons[_case_id(item)] for item in out))
     told = [(f"{name}, golden", reasons[name]) for name in dict.fromkeys(map(_case_id, out))]
+    # What is about a kind of precision is no test of another.
+    of_precision = {"test_products[": below_bf16, "test_fp8_state[": "fp8-delayed".__eq__}
+    precisions = {case.id: case.precision for case in state.cases}
+    out += [
+        item
+        for item in items
+        for name, applies in of_precision.items()
+        if item.name.startswith(name) and not applies(precisions.get(_case_id(item), ""))
+    ]
     state.left_out += told
     if hasattr(config, "workeroutput"):
         config.workeroutput[LEFT_OUT] = told

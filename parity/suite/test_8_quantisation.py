@@ -16,7 +16,7 @@ def test_products(run: Run) -> None:
 
 
 def test_fp8_state(run: Run) -> None:
-    """Scales and histories of delayed scaling, saved and loaded: the same logits; a state of other weights is refused."""
+    """Scales and histories of delayed scaling, saved and loaded: the same logits; another state is refused."""
     run(quantisation.state)
 
 

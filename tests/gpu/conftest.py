@@ -30,10 +30,11 @@ from pathlib import Path
 
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
-# The packages run from the checkout too, where they are not installed.
+# The packages run from the checkout too, where they are not installed: here, and in the processes of the suite.
 ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:
     sys.path.append(ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), ROOT]))
 
 import pytest  # noqa: E402  # after the switch above
 from on_gpu import describe  # noqa: E402

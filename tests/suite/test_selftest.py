@@ -20,7 +20,8 @@ from parity.selftest import models as selftest_models
 from parity.selftest import run as selftest
 from parity.selftest.models import packaged
 
-NAME = "k and v exchanged"
+NAME = "rope permutation missing"
+"""A fault of files, on one backend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,20 @@ def test_faults_are_caught_and_a_clean_run_is_not(tmp_path: Path, capsys: pytest
     assert "0 survive; 1 clean runs, 0 false alarms" in said
 
 
+def test_a_fault_of_quantised_products_is_caught_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = tmp_path / "found.json"
+    few = tuple(check for check in selftest.CHECKS if check.name in ("products", "state"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selftest, "CHECKS", few)
+        assert run("--fault", "quantisation:products: gradients in E4M3", "--seeds", "0", "--json", str(at)) == 0
+    wrong, clean = json.loads(at.read_text())["variants"]
+    assert wrong["verdicts"] == {"products": "caught"}
+    assert wrong["named"] is True
+    assert clean["verdicts"] == {"products": "passed", "state": "not applicable"}
+    assert clean["bed"] == "aligned-tp2-pp1-fp8-current-te"
+    assert "products, backward" in wrong["said"]["products"]
+
+
 def test_ranks_that_fail_and_faults_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     at = tmp_path / "found.json"
     cheap = tuple(check for check in selftest.CHECKS if check.name == "import")
@@ -104,7 +119,7 @@ def test_a_blind_check_lets_faults_survive(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(selftest, "CHECKS", (Stub(name="import", function="", reads=("import",)),))
     assert run("--fault", NAME, "--seeds", "1") == 1
     said = capsys.readouterr().out
-    assert "survives: k and v exchanged [import] tied-tp2-pp1 (import had to see it and passed)" in said
+    assert f"survives: {NAME} [import] tied-tp2-pp1 (import had to see it and passed)" in said
     assert "0 caught" in said
     assert "4 survive" in said  # on export alone, no check of this run has a say
 
@@ -135,7 +150,7 @@ def test_a_check_that_breaks_is_no_catch(
     assert run("--fault", NAME, "--seeds", "1") == 1
     said = capsys.readouterr().out
     assert "broken: clean tied-tp2-pp1: KeyError: 'of the harness'" in said
-    assert ("broken: k and v exchanged [import]" in said) == (fault == NAME)
+    assert (f"broken: {NAME} [import]" in said) == (fault == NAME)
 
 
 def test_a_slow_machine_catches_nothing() -> None:

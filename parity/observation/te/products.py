@@ -1,9 +1,9 @@
 """Matrix products of a model on Transformer Engine's layers beside a second statement of its recipe.
 
 What a model computes of text shows a wrong scale hardly: its numbers lie within a few powers of two. So the output
-projection, the one linear that is nothing but a product, is given numbers that do not: each block has a magnitude of its
-own, and a few large ones, which a scale is made of, stand where the other operand is zero, so that the sum is of small
-ones. They must come out as the statement says, but for one rounding of the result to bfloat16.
+projection, the one linear that is nothing but a product, is given numbers that do not: each block has a magnitude of
+its own, and a few large ones, which a scale is made of, stand where the other operand is zero, so that the sum is of
+small ones. They must come out as the statement says, but for one rounding of the result to bfloat16.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _of_projection(
         for index, (name, found) in enumerate(zip(NAMES, said, strict=True)):
             assert found is not None, name
             stated, exact = (
-                sum(everyones(one[index], topology, "tp")) if index == 0 else one[index] for one in (quantised, plain)
+                torch.stack(everyones(one[index], topology, "tp")).sum(0) if index == 0 else one[index]
+                for one in (quantised, plain)
             )
             # Where the other operand is zero is not looked at: there large numbers meet large ones.
             keep = torch.ones(stated.shape[-1], dtype=torch.bool)
@@ -110,7 +111,20 @@ def _of_projection(
 
 
 NAMES = ("forward", "backward, input", "backward, weight")
-_PLAIN = Roles(**dict.fromkeys(("input", "weight", "gradient", "weight_back", "input_back", "gradient_back"), lambda x: x))  # type: ignore[arg-type]  # noqa: E501
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+_PLAIN = Roles(
+    input=_as_it_is,
+    weight=_as_it_is,
+    gradient=_as_it_is,
+    weight_back=_as_it_is,
+    input_back=_as_it_is,
+    gradient_back=_as_it_is,
+)
 
 
 def _stated(roles: Roles, x: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +148,11 @@ def _numbers(
         values[:, zero::EVERY] = 0.0
     blocks = torch.exp2(6 * torch.rand(-(-rows // EVERY), -(-columns // EVERY), generator=random) - 3)
     values *= blocks.repeat_interleave(EVERY, 0)[:rows].repeat_interleave(EVERY, 1)[:, :columns]
-    values[0, large] = 61.0  # no factor of the largest codes: nothing lies halfway between two
-    return values.bfloat16()
+    values[0, large] = 62.75  # 251 quarters, a prime: under scales of it, no other mantissa lies halfway between codes
+    found = values.bfloat16()
+    same = torch.frexp(found.float()).mantissa.abs() == 251 / 256
+    same[0, large] = False
+    return found.masked_fill(same, 0.0)
 
 
 def _of_head(model: Any, vocab_size: int, where: str) -> Product:

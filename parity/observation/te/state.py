@@ -17,6 +17,8 @@ from parity.observation.te.observe import said
 from parity.probes import Probe
 
 KEY = "_extra_state"
+LINEARS = ("self_attention.layernorm_qkv", "self_attention.proj", "layernorm_mlp")
+"""The parts of a layer that have scales."""
 
 
 def reloaded(converter: Converter, folder: Path, settings: Settings, probe: Probe) -> list[str]:
@@ -34,32 +36,30 @@ def reloaded(converter: Converter, folder: Path, settings: Settings, probe: Prob
     with torch.enable_grad():
         for _ in range(2):
             said(first, call)
-    saved = first.state_dict()
-    states = {name: value for name, value in saved.items() if name.endswith(KEY) and torch.is_tensor(value)}
-    lines = [f"{name}: nothing was written" for name, value in states.items() if _scales(name) and not value.numel()]
-    second.load_state_dict(saved)
+    states = first.extra_states()
+    layers = range(len(first.model.layers))
+    expected = [f"model.layers.{layer}.{linear}.{KEY}" for layer in layers for linear in LINEARS]
+    lines = [f"{name}: nothing was written" for name in expected if name not in states]
+    second.load_extra_states(states)
     with torch.no_grad():
         one, other = (said(model, call).float().cpu().numpy() for model in (first, second))
     if not np.array_equal(one, other):
         lines.append(f"logits differ after saving and loading, by up to {np.abs(one - other).max():.2e}")
     if first.model.te_layers.kind != "reference" or lines:
         return lines  # Transformer Engine itself takes any state
-    name = next(name for name in states if _scales(name))
+    name = expected[0]
     for what, value in (
-        ("no state, where there was one", torch.empty(0, dtype=torch.uint8)),
+        ("no state, where there was one", None),
         ("a state of version 99", _changed(states[name], b"extra_state_version", 99)),
         ("a scale of four times what its history allows", _scaled(states[name], 4.0)),
     ):
         try:
-            second.load_state_dict({**saved, name: value})
+            given = {**states, name: value}
+            second.load_extra_states({key: state for key, state in given.items() if state is not None})
         except ConversionError:
             continue
         lines.append(f"{name}: {what} was taken")
     return lines
-
-
-def _scales(name: str) -> bool:
-    return name.endswith((f"layernorm_qkv.{KEY}", f"proj.{KEY}", f"layernorm_mlp.{KEY}"))
 
 
 def _changed(state: torch.Tensor, field: bytes, value: int) -> torch.Tensor:
@@ -84,4 +84,3 @@ def _gemms(state: torch.Tensor) -> int:
     content = state.numpy().tobytes()
     at = content.index(b"num_gemms")
     return content[content.index(pickle.BININT1, at) + 1]
-
