@@ -4,14 +4,14 @@
 #
 #   ci/gpu.sh [tests] [suite] [bench]      all three by default
 #
-# OUT (default: gpu) receives machine.txt, and of each part a log and its figures. PYTHON (default: python3) runs it;
+# OUT (default: nightly) receives machine.txt, and of each part a log and its figures. PYTHON (default: python3) runs it;
 # packages unpacked in .gpu/site, or packed in .gpu/site.tar.xz, are used where they are. JOBS (default: 4) processes
 # share the GPU in the tests. BENCH_OPTIONS is added to the benchmark, SUITE_OPTIONS to the suite.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-out=${OUT:-gpu}
+out=${OUT:-nightly}
 parts=("$@")
 (($#)) || parts=(tests suite bench)
 read -ra bench_options <<<"${BENCH_OPTIONS:-}"

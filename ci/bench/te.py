@@ -189,7 +189,7 @@ def training_step(model: Any, ids: Tensor, optimizer: torch.optim.Optimizer) -> 
 
 
 def measure(contestant: Contestant, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each part and its peak memory in MiB, over the counted runs."""
+    """Seconds of each part and, on a GPU, its peak memory in MiB, over the counted runs."""
     found = _measure(contestant, options)
     gc.collect()
     if options.device == "cuda":
@@ -211,8 +211,8 @@ def _measure(contestant: Contestant, options: argparse.Namespace) -> dict[str, l
         seconds = timed(options.device, run)
         if index:  # the first run of each compiles and allocates
             found.setdefault(part, []).append(seconds)
-            peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
-            found.setdefault(f"{part} peak", []).append(peak)
+            if cuda:
+                found.setdefault(f"{part} peak", []).append(torch.cuda.max_memory_allocated() / 2**20)
 
     # Only quantised weights are kept between calls; the value says whether they are made anew.
     kept = {"is_first_microbatch": False} if contestant.precision else {}
@@ -256,7 +256,7 @@ def summarize(times: dict[str, dict[str, list[float]]], options: argparse.Namesp
                     "tokens_per_second": count / seconds,
                     "ratio": base / seconds,
                     "spread": max(found[part]) / min(found[part]),
-                    "peak_mib": max(found[f"{part} peak"]),
+                    "peak_mib": max(found.get(f"{part} peak", [0.0])),
                     "runs": len(found[part]),
                 }
             )

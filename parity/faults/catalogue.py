@@ -129,6 +129,7 @@ NEEDS: Mapping[str, Callable[[Mapping[str, Any], Topology], bool]] = {
     "no bias": lambda config, _: not config.get("attention_bias") and not config.get("mlp_bias"),
     "rope scaling": lambda config, _: _rope(config).get("rope_type") == "llama3",
     "padding": lambda config, topology: config["vocab_size"] % topology.tp != 0,
+    "ghosts": lambda config, topology: _groups(config) % topology.tp != 0,
     "tp": lambda _, topology: topology.tp > 1,
     "pp": lambda _, topology: topology.pp > 1,
     "vpp": lambda _, topology: topology.vpp > 1,

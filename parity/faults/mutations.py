@@ -254,12 +254,12 @@ class Live:
     Args:
         pattern: A regular expression that finds the names of parameters, of either layer spec.
         how: `initial`, `zeros`, `ones`, or `row below`: each row holds the next one's values; `padding`: the rows
-            behind the vocabulary are not zero.
+            behind the vocabulary are not zero; `last row`: that one is not zero.
         where: On which ranks: the last along a mesh dim, or all.
     """
 
     pattern: str
-    how: Literal["initial", "zeros", "ones", "row below", "padding", "minus one"]
+    how: Literal["initial", "zeros", "ones", "row below", "padding", "last row", "minus one"]
     where: Literal["tp", "pp", "cp", "all"] = "all"
 
     def inverse(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from parity.causes import Cause
 from parity.faults.catalogue import Fault
 from parity.faults.mutations import Live, Resize, Retype, Roll, Shards, SwapRows, Values
-from parity.faults.words import DOWN, EMBED, EXPORT, HEAD, IMPORT, LINEARS, NORM, UP, WAYS, K, O, V, of_kind, rows
+from parity.faults.words import DOWN, EMBED, EXPORT, HEAD, IMPORT, LINEARS, NORM, UP, WAYS, K, O, Q, V, of_kind, rows
 
 VOCABULARY = (
     *(
@@ -80,6 +80,16 @@ VOCABULARY = (
         at=IMPORT,
         needs=("padding", "tp"),
         causes=of_kind("padding", EMBED),
+    ),
+    Fault(
+        name="group of zeros not zero",
+        family="vocabulary",
+        source="key-value groups added for tp",
+        does=(Live(r"layernorm_qkv\.weight$", "last row", "tp"),),
+        at=IMPORT,
+        needs=("ghosts", "tp"),
+        causes=of_kind("padding", Q, K, V) + of_kind("padding", V),
+        backends=("te",),
     ),
 )
 

@@ -60,6 +60,8 @@ def _change(how: str, data: Tensor, vocab: int, place: Coord) -> None:
         behind = max(0, len(data) - max(0, vocab - len(data) * place.tp))
         if behind:
             data[-behind:] = 0.5
+    elif how == "last row":
+        data[-1] = 0.5
     else:
         data.copy_(value(how, data.cpu()))
 

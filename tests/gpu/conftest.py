@@ -4,7 +4,8 @@
     python -m pytest tests/gpu -ra -n 4                 # in four processes on one GPU: they are small
     python -m pytest tests/gpu -ra -k quantization      # the quantisers alone, to the bit
     python ci/bench/te.py --json te.json                # Transformer Engine in bf16 and FP8 beside transformers
-    ci/gpu.sh                                           # all of it, with reports under $OUT
+    OUT=reports ci/gpu.sh                               # all of it, the suite too; figures and logs under $OUT
+    OUT=reports ci/gpu.sh tests                         # one part of it: tests, suite or bench
 
 From a folder of unpacked packages, with nothing to install:
 
