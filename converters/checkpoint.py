@@ -9,7 +9,6 @@ from typing import Any
 
 from converters.errors import CheckpointError, ConfigError
 from converters.execute import Only, Store, TensorInfo
-
 from converters.models import Family, column_of, family_of
 from converters.plan import Plan
 from converters.rows import Entry

@@ -131,7 +131,7 @@ class FieldTable:
         return found, defaulted
 
     def check(self, config: Config) -> tuple[dict[str, Any], tuple[Entry, ...]]:
-        """The fields of a `config.json` whose model stays one of Hugging Face, and the lines for those that no row uses.
+        """The fields of a `config.json` whose model stays one of Hugging Face, and the lines of those that no row uses.
 
         Raises:
             ConfigError: A field without a row, or with a value that no column can have; all of them.

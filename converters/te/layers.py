@@ -23,7 +23,8 @@ class Layers:
     Attributes:
         kind: `transformer_engine` or `reference`.
         autocast: `autocast(enabled=..., recipe=..., amax_reduction_group=...)`: GEMMs inside run in the recipe.
-        quantized_model_init: `quantized_model_init(enabled=..., recipe=...)`: layers made inside hold quantised weights.
+        quantized_model_init: `quantized_model_init(enabled=..., recipe=...)`: layers made inside hold quantised
+            weights.
     """
 
     kind: str

@@ -43,7 +43,7 @@ def every_block(bench: Bench) -> Iterator[Finding]:
     yield Lines(
         title="error by layer",
         x="layer",
-        y="max |Δ|" if case.precision == "fp32" else "rms from fp32, of all tokens or of the worst",
+        y="max |Δ|" if case.precision == "fp32" else "rms from fp32 in a token's own size, of all or of the worst",
         curves={
             "measured": [reach.measured for reach in found],
             "floor": [reach.floor for reach in found],

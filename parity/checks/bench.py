@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from parity.ranks import Zygote
 
 
+ON_GPU = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""fp32 is fp32: Transformer Engine lets cuBLAS round the operands of such products to 10 bits."""
+
+
 class NotApplicable(Exception):
     """What a check raises, before it does anything, where it has nothing to say of a case; the reason is shown."""
 
@@ -106,7 +110,7 @@ class Bench:
             coords=[str(coord) for coord in self.case.topology.coords()],
             timeout=self.case.rank_timeout,
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            env={} if cuda else {"CUDA_VISIBLE_DEVICES": ""},
+            env=ON_GPU if cuda else {"CUDA_VISIBLE_DEVICES": ""},
         )
 
     def alone(self, function: str, *arguments: Any) -> Any:
@@ -117,7 +121,7 @@ class Bench:
             *arguments,
             backend=None,
             timeout=self.case.rank_timeout,
-            env={} if cuda else {"CUDA_VISIBLE_DEVICES": ""},
+            env=ON_GPU if cuda else {"CUDA_VISIBLE_DEVICES": ""},
         )
         return found[0]
 

@@ -54,7 +54,8 @@ class Yardstick:
 
     Args:
         expected: `[b s h]`: by eager attention; in bfloat16 by the float32 oracle of the same rounded weights.
-        spread: How far transformers' own evaluations are from it; the rows of the spread are channels.
+        spread: How far transformers' own evaluations are from it; the rows of the spread are channels. In bfloat16 and
+            below in units of each token's own size.
     """
 
     expected: Floats
@@ -65,12 +66,31 @@ def yardstick(evaluations: Sequence[Floats], oracle: Floats | None) -> Yardstick
     """The yardstick of one tap, from `evaluations` of which eager attention is the first."""
     expected = evaluations[0] if oracle is None else oracle
     others = evaluations[1:] if oracle is None else evaluations
-    return Yardstick(expected=expected, spread=bounds.spread([_by_token(one) for one in others], _by_token(expected)))
+    if oracle is None:
+        return Yardstick(
+            expected=expected, spread=bounds.spread([_by_token(one) for one in others], _by_token(expected))
+        )
+    own = _in_own_size(expected, expected)
+    return Yardstick(
+        expected=expected,
+        spread=bounds.spread([_by_token(_in_own_size(one, expected)) for one in others], _by_token(own)),
+    )
 
 
 def _by_token(activations: Floats) -> Floats:
     """`[b s h]` as `[b*s h]`."""
     return activations.reshape(-1, activations.shape[-1])
+
+
+def _in_own_size(activations: Floats, expected: Floats) -> Floats:
+    """`[b s h]` in units of the root mean square of each token of `expected`.
+
+    Trained models have tokens that are a hundred times larger than others, and what rounding makes of those few is
+    another draw in each evaluation: they would drown all others, and decide by chance.
+    """
+    size = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1, keepdims=True))
+    scaled: Floats = (activations / np.where(size > 0, size, 1.0)).astype(np.float32)
+    return scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +99,8 @@ class Reach:
 
     Args:
         tap: Its name.
-        measured: Largest difference; in bfloat16 the rms distance from the oracle, over everything or of the worst
-            token, whichever is the larger share of its bound.
+        measured: Largest difference; in bfloat16 and below the rms distance from the oracle in units of each token's
+            own size, over everything or of the worst token, whichever is the larger share of its bound.
         floor: The same of transformers itself.
         bound: What is allowed.
         where: Sequence, token and channel of the largest difference; of a worst token, no channel.
@@ -128,7 +148,8 @@ def reached(
             bound = bounds.allowed(stick.spread.largest, float(np.abs(stick.expected).max()), floors)
             held = [(bounds.largest(actual[tap], stick.expected), stick.spread.largest, bound)]
         else:
-            whole, token = bounds.rms(actual[tap], stick.expected), _worst_token(actual[tap], stick.expected)
+            mine, own_size = (_in_own_size(one, stick.expected) for one in (actual[tap], stick.expected))
+            whole, token = bounds.rms(mine, own_size), _worst_token(mine, own_size)
             held = [
                 (distance, own, bounds.nearness(own, tp, floors))
                 for distance, own in ((whole, stick.spread.rms), (token, stick.spread.token))

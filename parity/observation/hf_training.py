@@ -119,7 +119,7 @@ def reference(
         size, true = _rms, (Way(weights=half), batches)
         ways = [
             (Way(weights=half, arithmetic=half, parts=parts, quantised=precision), batches),
-            (Way(weights=half, arithmetic=half, parts=parts, quantised=precision, attention="sdpa"), first),
+            (Way(weights=half, arithmetic=half, parts=parts, quantised=precision, attention="sdpa"), batches),
             *(
                 (Way(weights=half, arithmetic=half, parts=parts, quantised=precision, seed=n), first)
                 for n in range(MOVES)

@@ -89,11 +89,8 @@ def moved(model: Any, seed: int) -> Iterator[None]:
         model: Given to `quantise` before.
         seed: Of the moves.
     """
-    products = {
-        linear.forward.func.__self__
-        for linear in model.model.layers.modules()
-        if isinstance(linear, torch.nn.Linear) and isinstance(linear.forward, functools.partial)
-    }
+    asked = [getattr(linear, "forward", None) for linear in model.model.layers.modules()]
+    products: set[_Fused] = {one.func.__self__ for one in asked if isinstance(one, functools.partial)}  # type: ignore[attr-defined]
     assert products, "a model whose products are not quantised"
     random = torch.Generator().manual_seed(seed)
     for product in products:
