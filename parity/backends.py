@@ -134,11 +134,6 @@ def _te_without_cache(topology: Topology, precision: str) -> list[str]:
         reasons.append("Transformer Engine's KV cache holds whole sequences, which context parallelism (cp) cuts")
     if topology.sp:
         reasons.append("sequence parallelism cuts what one step of decoding has one token of")
-    if below_bf16(precision):
-        tokens = QUANTISED[precision][1]
-        reasons.append(
-            f"{precision} takes a multiple of {tokens} tokens, of which a step of decoding has one a sequence"
-        )
     return reasons
 
 

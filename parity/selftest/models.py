@@ -196,7 +196,7 @@ def fits(config: Mapping[str, Any], bed: Bed) -> bool:
 
 def held(config: Mapping[str, Any]) -> str:
     """The precision that a checkpoint is in: `bf16` or `fp32`."""
-    return "bf16" if "bfloat16" in (config.get("torch_dtype"), config.get("dtype")) else "fp32"
+    return "bf16" if (config.get("torch_dtype") or config.get("dtype")) == "bfloat16" else "fp32"
 
 
 def of_model(model: str, *, size: Literal["tiny", "full"]) -> Stock:

@@ -66,11 +66,17 @@ def result(outcomes: Sequence[Outcome], names: str, stock: Stock, *, converter: 
         "faults": [_fault(fault) for fault in selected(names)],
         "variants": [_variant(one) for one in outcomes],
         "not_applicable": [{"name": name, "reason": reason} for name, reason in NOT_YET]
-        + [{"name": fault.name, "reason": f"needs {', '.join(fault.needs)}"} for fault in homeless],
+        + [{"name": fault.name, "reason": f"needs {_needs(fault)}"} for fault in homeless],
         "beds": [str(bed) for bed in stock.beds],
         "versions": {name: _version(name) for name in ("llama-parity", "torch", "transformers", "megatron-core")}
         | {"python": platform.python_version()},
     }
+
+
+def _needs(fault: Fault) -> str:
+    """What a bed has to be and have."""
+    backends, precisions = " or ".join(fault.backends), " or ".join(fault.precisions)
+    return ", ".join([*fault.needs, f"backend {backends}", *([f"precision {precisions}"] if precisions else [])])
 
 
 def _fault(fault: Fault) -> dict[str, Any]:
@@ -80,6 +86,8 @@ def _fault(fault: Fault) -> dict[str, Any]:
         "source": fault.source,
         "at": list(fault.at),
         "needs": list(fault.needs),
+        "backends": list(fault.backends),
+        "precisions": list(fault.precisions),
         "causes": [asdict(cause) for cause in fault.causes],
         "equivalent": fault.equivalent,
     }

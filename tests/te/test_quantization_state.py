@@ -441,3 +441,15 @@ def test_a_loaded_scale_is_of_the_backward_format() -> None:
     assert other.delayed is not None
     formats = other.delayed.operands(0)
     assert (formats.input.format, formats.grad.format) == (E4M3, E5M2)  # type: ignore[attr-defined]
+
+
+def _somebody_elses(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def test_a_state_names_torch_whoever_replaced_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Megatron-Core 0.19 does when it is imported."""
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", _somebody_elses)
+    saved = extra_state.write(DelayedState(DelayedScaling(), 1))
+    assert _somebody_elses.__name__.encode() not in saved.numpy().tobytes()
+    assert extra_state.read(saved, 1, None, where="a layer") is not None

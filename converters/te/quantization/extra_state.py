@@ -66,7 +66,14 @@ def write(delayed: DelayedState | None) -> Tensor:
 
 def _bytes(value: object) -> bytes:
     # Protocol 2 numbers its memo explicitly, so that whole fragments may follow each other in one pickle.
-    return pickle.dumps(value, protocol=2)[2:-1]
+    content = pickle.dumps(value, protocol=2)[2:-1]
+    # Megatron-Core 0.19 puts a function of its own in the place of torch's, and pickle would write that one's name.
+    loads: Any = torch.storage._load_from_bytes
+    return content.replace(_symbol(loads.__module__, loads.__qualname__), _symbol("torch.storage", "_load_from_bytes"))
+
+
+def _symbol(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
 
 
 def _recipe_bytes(recipe: Any) -> bytes:
