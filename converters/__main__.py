@@ -1,4 +1,8 @@
-"""`python -m converters`: what a conversion does, from configs alone."""
+"""Checkpoints of one model in several formats: Hugging Face, Megatron-Core, Transformer Engine, and FP8.
+
+`plan` and `explain` say what a conversion does, from configs alone. `convert` writes a folder in another format,
+`quantize` and `dequantize` write one in FP8 and back.
+"""
 
 from __future__ import annotations
 

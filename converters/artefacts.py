@@ -91,7 +91,10 @@ def begin(target: Path, *, overwrite: bool = False) -> Path:
             f"{target} is a {'link' if target.is_symlink() else 'file'}, expected a folder or nothing"
         )
     if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists already; choose another folder, or allow it to be replaced (overwrite)")
+        raise CheckpointError(
+            f"{target} exists already; choose another folder, or allow it to be replaced (--overwrite, in Python "
+            "overwrite=True)"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))

@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from converters.convert import Conversion
 
 COLUMNS = ("hf", "te")
+DTYPES = ("float32", "bfloat16")
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    text = "convert a checkpoint folder, every bit of every weight and every other file kept"
+    text = "convert a checkpoint folder, every bit of every weight (without --dtype) and every other file kept"
     sub = commands.add_parser("convert", help=text, description=text)
     sub.set_defaults(command=_convert)
     sub.add_argument("--from", dest="source_column", choices=COLUMNS, help="format to read (default: what it is)")
     sub.add_argument("--to", dest="target_column", choices=COLUMNS, required=True, help="format to write")
     sub.add_argument("--overwrite", action="store_true", help="replace TARGET where it exists")
+    sub.add_argument("--dtype", choices=DTYPES, help="round every tensor to it (default: each keeps its own)")
     sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
     sub.add_argument("--trust-remote-code", action="store_true", help="take Python files over too")
     sub.add_argument(
@@ -44,6 +46,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.target,
         source_column=options.source_column,
         target_column=options.target_column,
+        dtype=options.dtype,
         overwrite=options.overwrite,
         quiet=options.quiet,
         options=dict(map(_option, options.option)),
@@ -80,7 +83,8 @@ def _print(done: Conversion) -> None:
     row("target", f"{done.target} ({done.columns[1]})")
     row("tensors", f"{done.tensors[0]:,} -> {done.tensors[1]:,}")
     rate = done.bytes / max(done.seconds, 1e-9) / 1e6
-    row("bytes", f"{done.bytes:,} in {done.seconds:.1f} s, {rate:,.0f} MB/s; every bit kept")
+    kept = f"all in {done.dtype}" if done.dtype else "every bit kept"
+    row("bytes", f"{done.bytes:,} in {done.seconds:.1f} s, {rate:,.0f} MB/s; {kept}")
     if done.constants:
         row("constants", f"{done.constants:,} elements that one side lacks, all zero")
     reasons: dict[str, list[str]] = {}

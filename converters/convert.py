@@ -5,6 +5,7 @@ Columns that are folders of safetensors convert here; Megatron-Core's need a mes
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ import torch
 
 from converters import artefacts, execute, export
 from converters.checkpoint import Checkpoint
-from converters.conversion import COLUMNS
+from converters.conversion import COLUMNS, DTYPES
 from converters.errors import CheckpointError, ConversionError
 from converters.execute import TensorInfo
 from converters.plan import Plan
@@ -37,6 +38,7 @@ class Conversion:
         tensors: Tensors read, and written.
         bytes: Of the weights written.
         seconds: Wall time.
+        dtype: What all was rounded to, or `None`: every bit was kept.
         constants: Elements that only one side has and that are zero, written or verified.
         dropped: For each tensor that went nowhere, the reason.
         options: The target's fields that the source's config lacks.
@@ -50,6 +52,7 @@ class Conversion:
     tensors: tuple[int, int]
     bytes: int
     seconds: float
+    dtype: str | None = None
     constants: int = 0
     dropped: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -63,18 +66,20 @@ def convert_folder(
     *,
     source_column: str | None = None,
     target_column: str,
+    dtype: str | None = None,
     overwrite: bool = False,
     quiet: bool = True,
     options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Conversion:
-    """Convert a checkpoint folder. Every bit of every weight is kept, and so is every other file.
+    """Convert a checkpoint folder. Without `dtype`, every bit of every weight is kept; every other file always is.
 
     Args:
         source: A folder, or a hub id.
         target: The folder to make. It appears when it is complete, or not at all.
         source_column: The column of the source; by default the one that its config names.
         target_column: `hf` or `te`.
+        dtype: `float32` or `bfloat16`: round every tensor to it, and have the config say so.
         overwrite: Replace the target where it exists.
         quiet: No progress bar.
         options: For `te`, fields of its config: `attn_input_format`, `layer_precision`, ...
@@ -93,16 +98,20 @@ def convert_folder(
                 f"{column!r} is no column of checkpoint folders ({', '.join(COLUMNS)}): Megatron-Core's weights live "
                 "on a mesh of ranks, see converters.bridge.AutoBridge"
             )
+    if dtype not in (None, *DTYPES):
+        raise ConversionError(f"dtype {dtype!r}, expected {' or '.join(DTYPES)}")
     checkpoint = Checkpoint.open(source, column=source_column, trust_remote_code=trust_remote_code)
     if checkpoint.column == target_column:
         raise ConversionError(f"{source} is in the {target_column!r} column already: there is nothing to convert")
     if target.resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{target} is the source itself; choose another folder for the result")
-    config = checkpoint.config_text(target_column, options).encode()
+    config = _config(checkpoint, target_column, options, dtype).encode()
     plan = checkpoint.plan(target_column)
     execute.check_tensors(plan.source_tensors, checkpoint.tensors, str(checkpoint.folder))
     check_frequencies(checkpoint)
     infos = _infos(plan, checkpoint.tensors)
+    if dtype is not None:
+        infos = {key: TensorInfo(info.shape, getattr(torch, dtype)) for key, info in infos.items()}
     files = safetensors.lay_out(infos, _like(plan, checkpoint.files.shards()))
     code = trust_remote_code
     partial = export.prepare(target, files, config, carry_from=checkpoint.folder, code=code, overwrite=overwrite)
@@ -112,6 +121,7 @@ def convert_folder(
                 plan,
                 checkpoint.weights,
                 safetensors.MappedFiles(partial, files),
+                cast=dtype is not None,
                 where=str(checkpoint.folder),
                 written_bytes=written,
             )
@@ -127,6 +137,7 @@ def convert_folder(
         tensors=(len(checkpoint.files.tensors()), len(infos)),
         bytes=sum(file.size for file in files),
         seconds=time.monotonic() - began,
+        dtype=dtype,
         constants=sum(part.elements for part in (*plan.fills, *plan.constants)),
         dropped=dict(plan.drops) | dict.fromkeys(checkpoint.extra_states, state),
         options=_options(checkpoint, target_column, options),
@@ -152,6 +163,13 @@ def check_frequencies(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: model.rotary_emb.inv_freq is not what the config's rope fields give, and no other "
             "format stores frequencies. Correct rope_theta and rope_parameters in config.json, or remove the tensor"
         )
+
+
+def _config(checkpoint: Checkpoint, column: str, options: Mapping[str, Any] | None, dtype: str | None) -> str:
+    text = checkpoint.config_text(column, options)
+    if dtype in (None, checkpoint.hf["dtype"]):
+        return text
+    return artefacts.patched(json.loads(text), {"dtype": dtype}, {"dtype": ("dtype", "torch_dtype")})
 
 
 def _infos(plan: Plan, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

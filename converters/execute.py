@@ -165,7 +165,8 @@ def refuse_casts(casts: Mapping[str, Cast]) -> None:
         lines = [f"{key}: {cast.source} -> {cast.target}" for key, cast in casts.items()]
         raise CheckpointError(
             listing("dtypes differ, and a cast must be asked for (cast=True), for tensors", lines)
-            + "\nEither build the model in the checkpoint's dtype, or allow the rounding"
+            + "\nEither build the model in the checkpoint's dtype, or allow the rounding "
+            "(on the command line, convert --dtype)"
         )
 
 

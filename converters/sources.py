@@ -147,11 +147,12 @@ def without_credentials(text: str) -> str:
 
 
 def _folder(model: str) -> Path | None:
-    """The local folder that `model` names, or `None`; a name that can only be a path must exist."""
+    """The local folder that `model` names, or `None`; what can only be a path must exist, and no file is a model."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+    file = path.exists() and packaged(model) is None
+    if file or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         there = path if path.parent.is_dir() else path.parent
         hint = near(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         kind = "it is a file, expected the folder that holds it" if path.exists() else f"{there} does not exist"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import ConfigError
+from converters.models import require_hf
 
 Config = dict[str, Any]
 
@@ -125,8 +126,10 @@ def require_llama(config: Config) -> None:
     """Refuse a config that is not of the Llama family, or of quantised weights.
 
     Raises:
-        ConfigError: Its model_type is not `llama`, a size is missing, or it has a quantization_config.
+        ConfigError: It is in another column, its model_type is not `llama`, a size is missing, or it has a
+            quantization_config.
     """
+    require_hf(config)
     if config.get("model_type") != "llama":
         raise ConfigError(f"model_type is {config.get('model_type')!r}, expected 'llama'")
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")

@@ -131,3 +131,17 @@ def column_of(config: Mapping[str, Any]) -> str:
     """
     dialect = family_of(config).dialect_of(config)
     return "hf" if dialect is None else dialect.column
+
+
+def require_hf(config: Mapping[str, Any]) -> None:
+    """Refuse the `config.json` of another column where only Hugging Face's will do; one of no family passes.
+
+    Raises:
+        ConfigError: It is in another column.
+    """
+    dialect = next((found for family in FAMILIES if (found := family.dialect_of(config))), None)
+    if dialect is not None:
+        raise ConfigError(
+            f"the checkpoint is in the {dialect.column!r} column (model_type={config.get('model_type')!r}), expected "
+            "Hugging Face's; convert it first: python -m converters convert --to hf SOURCE TARGET"
+        )

@@ -15,7 +15,7 @@ import torch
 from converters import artefacts
 from converters.errors import CheckpointError, ConfigError
 from converters.execute import TensorInfo, bits, name_of
-from converters.models import family_of
+from converters.models import family_of, require_hf
 from converters.stores import safetensors
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's `config.json`.
 
     Raises:
-        ConfigError: There is none, or it is not an object.
+        ConfigError: There is none, it is not an object, or it is not of Hugging Face's column.
     """
     path = folder / "config.json"
     try:
@@ -70,6 +70,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected the config of a Hugging Face checkpoint: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected an object of config fields, found a {type(config).__name__}")
+    try:
+        require_hf(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return config
 
 

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from converters.errors import ConversionError
 
+BOUNDARIES = ("cu_seq_lens_q_padded", "cu_seq_lens_k_padded", "cu_seq_lens_q", "cu_seq_lens_k")
+
 
 class InputError(ConversionError, ValueError):
     """Inputs that the layers cannot compute as asked."""
@@ -87,6 +89,7 @@ def packed(
     starts = given.get("cu_seq_lens_q")
     if starts is None:
         raise InputError(f"packed sequences need cu_seq_lens_q, the boundaries of the sequences; found only {[*given]}")
+    _check_boundaries(given, tokens * cp_size)
     starts_k = given.get("cu_seq_lens_k", starts)
     padded, padded_k = given.get("cu_seq_lens_q_padded"), given.get("cu_seq_lens_k_padded")
     padded_k = padded if padded_k is None else padded_k
@@ -139,7 +142,8 @@ def arrange(
         attention_mask: `[rows columns]`, 1 for a token, 0 for padding, wherever it is.
         position_ids: `[rows columns]` or `[1 columns]`. Without an attention mask a row whose positions do not go up by
             one holds several sequences, which do not see each other, as in transformers.
-        multiple: In thd, tokens are padded to a multiple of this by a sequence of zeros (FP8 GEMMs want it).
+        multiple: Tokens are padded to a multiple of this (FP8 GEMMs want it): in thd by a sequence of zeros, in bshd by
+            longer rows. Context parallelism pads nothing.
         cp_size: Ranks that share each sequence.
 
     Raises:
@@ -161,7 +165,7 @@ def arrange(
     if mask is None and (positions is None or _is_range(positions)):
         if positions is not None:
             plain = positions[0]
-        if layout == "bshd":
+        if layout == "bshd" and (cp_size > 1 or rows * columns % multiple == 0):
             # No padding: the same mask without looking for any.
             unmasked = {
                 "self_attn_mask_type": {"padding_causal": "causal", "padding": "no_mask"}.get(mask_type, mask_type)
@@ -188,10 +192,15 @@ def arrange(
     if mask_type == "no_mask" and mask is not None:
         raise InputError("self_attn_mask_type='no_mask' would attend to padding: build the model with 'padding'")
     width = columns if len(counts) == rows else max(counts)
+    if len(counts) * width % multiple:
+        width += -width % multiple
+        mask_type = {"causal": "padding_causal", "no_mask": "padding"}.get(mask_type, mask_type)
     table = _reaching(table, width)
     padding = torch.arange(width, device=device) >= lengths[:, None]
-    options: dict[str, Any] = {"attention_mask": padding[:, None, None, :]} if "padding" in mask_type else {}
-    if len(counts) == rows and bool((source == (sequence * width + within)).all()):
+    options: dict[str, Any] = {}
+    if "padding" in mask_type:
+        options = {"attention_mask": padding[:, None, None, :], "self_attn_mask_type": mask_type}
+    if len(counts) == rows and width == columns and bool((source == (sequence * width + within)).all()):
         return Arrangement(
             rows=rows, columns=columns, positions=table, options=options, shape=(rows, columns), hidden=~keep
         )
@@ -229,6 +238,33 @@ def packing(rows: int, columns: int, source: Tensor, lengths: Tensor, positions:
         slot=torch.arange(tokens, device=source.device),
         shape=(tokens + short,),
     )
+
+
+def _check_boundaries(given: Mapping[str, Any], tokens: int) -> None:
+    """Hold the boundaries of packed sequences against the tokens of all ranks that share them.
+
+    Raises:
+        InputError: They do not begin at 0, decrease, leave tokens out, or make a sequence longer than its room.
+    """
+    wrong = []
+    edges = {name: given[name].tolist() for name in BOUNDARIES if given.get(name) is not None}
+    for name, found in edges.items():
+        rooms = edges.get(f"{name}_padded")
+        covers = rooms is not None or found[-1:] == [tokens]
+        if found[:1] != [0] or not covers or any(b < a for a, b in pairwise(found)):
+            end = "" if rooms is not None else f" and end at {tokens}, the tokens"
+            wrong.append(f"  {name} must start at 0, not decrease{end}: found {_short(found)}")
+        elif rooms is not None and (
+            len(rooms) != len(found)
+            or any(b - a > d - c for (a, b), (c, d) in zip(pairwise(found), pairwise(rooms), strict=True))
+        ):
+            wrong.append(f"  {name} {_short(found)} has sequences that do not fit in {name}_padded {_short(rooms)}")
+    if wrong:
+        raise InputError("\n".join(["boundaries that packed sequences cannot have:", *wrong]))
+
+
+def _short(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
 
 
 def _reaching(table: Tensor, length: int) -> Tensor:

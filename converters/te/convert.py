@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from converters import artefacts, execute, export
 from converters.checkpoint import Checkpoint
 from converters.convert import check_frequencies
-from converters.errors import CheckpointError, ConfigError, TopologyError
+from converters.errors import CheckpointError, ConfigError, TopologyError, listing, near
 from converters.execute import Only, Transfer
 from converters.models import Family, family_of
 from converters.plan import Plan
@@ -37,6 +37,16 @@ __all__ = [
     "save",
     "te_to_megatron",
 ]
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def convert_llama_hf_to_te(model_hf: LlamaForCausalLM, **config_kwargs: Any) -> NVLlamaForCausalLM:
@@ -118,7 +128,8 @@ def load(
 
     Raises:
         SourceError: No such model, or no safetensors weights.
-        ConfigError: A model that Transformer Engine's layers cannot be.
+        ConfigError: A model that Transformer Engine's layers cannot be, an option that no config has, or a recipe that
+            the layers' precision has no use for, or that does not serve all of them.
         TopologyError: Sizes that do not divide over the ranks, or another number of ranks.
         CheckpointError: Tensors missing, unmapped or misshapen; a dtype change not asked for.
     """
@@ -132,6 +143,7 @@ def load(
     if recipe is not None:
         precision = "fp4" if type(recipe).__name__.startswith("NVFP4") else "fp8"
         config.layer_precision = config.layer_precision or [precision] * config.num_hidden_layers
+        _check_recipe(recipe, precision, config.layer_precision)
         recipes = {f"{precision}_recipe": recipe}
     model = NVLlamaForCausalLM(config, **recipes, parallel=groups, device=device)
     fill(model, checkpoint, cast=cast)
@@ -148,16 +160,42 @@ def te_config(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, **opt
         checkpoint: In either column.
         dtype: Of the weights; by default the checkpoint's own, which need not be what its config says.
         **options: Fields of `NVLlamaConfig`.
+
+    Raises:
+        ConfigError: An option that is none.
     """
     dialect = checkpoint.family.dialect("te")
     assert dialect is not None
     own = {option.name for option in dialect.options}
+    known = {*own, *NVLlamaConfig().to_dict(), *checkpoint.hf} - {"dtype"}
+    if unknown := sorted(options.keys() - known):
+        raise ConfigError(
+            "no such options: " + ", ".join(f"{name}={options[name]!r}{near(name, known)}" for name in unknown)
+        )
     fields = json.loads(checkpoint.config_text("te", {name: value for name, value in options.items() if name in own}))
     held = {info.dtype for key, info in checkpoint.tensors.items() if not key.endswith("inv_freq")}
     stated = getattr(torch, str(checkpoint.hf["dtype"]))
     chosen = dtype or (held.pop() if len(held) == 1 else stated)
     fields = {name: value for name, value in fields.items() if name not in ("torch_dtype", "dtype")}
     return NVLlamaConfig(**fields | options, dtype=chosen)
+
+
+def _check_recipe(recipe: Any, precision: str, wanted: list[str | None]) -> None:
+    """Refuse a recipe that not every quantised layer runs in.
+
+    Raises:
+        ConfigError: No layer wants a recipe of its kind, or some want one of the other.
+    """
+    layers = {one: [index for index, asked in enumerate(wanted) if asked == one] for one in ("fp8", "fp4", None)}
+    other = "fp4" if precision == "fp8" else "fp8"
+    if layers[precision] and not layers[other]:
+        return
+    found = ", ".join(f"{one or 'unquantised'}: layers {at}" for one, at in layers.items() if at)
+    raise ConfigError(
+        f"{type(recipe).__name__} is a recipe for {precision} layers, and layer_precision has {found}: pass "
+        f"layer_precision with {precision!r} and None alone, or build NVLlamaForCausalLM with fp8_recipe and "
+        "fp4_recipe and give it to converters.te.convert.fill"
+    )
 
 
 def fill(model: NVLlamaForCausalLM, checkpoint: Checkpoint, *, cast: bool = False) -> Transfer:
@@ -203,11 +241,12 @@ def save(
 
     Raises:
         CheckpointError: The target exists, or a value that must be equal is not.
-        ConfigError: No such column, or a model that it cannot have.
+        ConfigError: No such column, a model that it cannot have, or a source of other sizes.
     """
     if column not in ("hf", "te"):
         raise ConfigError(f"column={column!r}, expected 'hf' or 'te'")
     checkpoint = Checkpoint.open(source)
+    _same_sizes(model, checkpoint)
     parallel = parallel_of(model)
     config = hf_config(model.config)
     features = checkpoint.stored & {"stored_lm_head"}
@@ -229,6 +268,25 @@ def save(
         code=trust_remote_code,
         overwrite=overwrite,
     )
+
+
+def _same_sizes(model: NVLlamaForCausalLM, checkpoint: Checkpoint) -> None:
+    """Refuse the checkpoint of another model: its tokenizer and files would stand beside weights that are not its own.
+
+    Raises:
+        ConfigError: A size differs; all that do.
+    """
+    found = checkpoint.family.fields.read(hf_config(model.config))[0]
+    wrong = [
+        f"{name}: {found[name]}, the source {checkpoint.hf[name]}"
+        for name in SIZES
+        if found[name] != checkpoint.hf[name]
+    ]
+    if wrong:
+        raise ConfigError(
+            listing(f"the model does not stem from {checkpoint.folder}: sizes differ", wrong)
+            + "\nPass the checkpoint that the model was made from as the source"
+        )
 
 
 def config_of(model: NVLlamaForCausalLM, checkpoint: Checkpoint, column: str) -> str:

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import GenerationMixin
 
 from converters.errors import CacheError
@@ -179,17 +181,32 @@ class CachedGeneration(GenerationMixin):
         """As in transformers, but a prompt may have its padding on the right.
 
         transformers takes the next token from the last column, which is padding there. The rows are generated with
-        their padding moved to the left, and come back as they were given, new tokens behind.
+        their padding moved to the left, and come back as they were given, new tokens behind. Without a mask, tokens
+        of the padding's id are padding wherever transformers takes them for it.
+
+        Tensor-parallel ranks that sample go on from the first one's random numbers, so that all draw the same tokens.
         """
         parent: Any = super()  # typed there for a model alone
+        model: Any = self
         given = kwargs.get("input_ids") if inputs is None else inputs
+        embedded = kwargs.get("inputs_embeds")
+        asked = _asked(model, args[0] if args else None, kwargs)
+        if asked["do_sample"] and model.model.parallel.tp_group is not None:
+            _draw_alike(model.model.parallel.tp_group, model.device)
         mask = kwargs.get("attention_mask")
-        if given is None or mask is None or mask.shape != given.shape or bool(mask[:, -1].all()):
+        if mask is None and given is not None and embedded is None:
+            mask = _not_padding(given, asked["pad_token_id"], asked["eos_token_id"])
+        rows = given if embedded is None else embedded
+        if rows is None or mask is None or mask.shape != rows.shape[:2] or bool(mask[:, -1].all()):
             return parent.generate(inputs, *args, **kwargs)
         order = mask.bool().long().argsort(dim=1, stable=True)
         kwargs["attention_mask"] = mask.gather(1, order)
+        if embedded is not None:
+            kwargs["inputs_embeds"] = embedded.gather(1, order[..., None].expand_as(embedded))
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"].expand_as(order).gather(1, order)
+        if given is None or given.shape != order.shape:  # of embeddings alone, only the new tokens come back
+            return parent.generate(inputs, *args, **kwargs)
         kwargs.pop("input_ids", None)
         made = parent.generate(given.gather(1, order), *args, **kwargs)
         sequences = made if isinstance(made, Tensor) else made.sequences
@@ -224,3 +241,37 @@ class CachedGeneration(GenerationMixin):
         length = max(1, generation_config.max_length - 1, *(size for size in sizes if isinstance(size, int)))
         model_kwargs["past_key_values"] = cache_for(model, max_batch_size=rows, max_sequence_length=length)
         return None
+
+
+def _asked(model: Any, config: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `generate()` goes by: its own arguments, else those of its generation config, else the model's."""
+    configs = [one for one in (config, kwargs.get("generation_config"), model.generation_config) if one is not None]
+    found = {}
+    for name in ("do_sample", "pad_token_id", "eos_token_id"):
+        said = (kwargs.get(name), *(getattr(one, name, None) for one in configs))
+        found[name] = next((value for value in said if value is not None), None)
+    return found
+
+
+def _not_padding(ids: Tensor, padding: int | None, ends: int | list[int] | None) -> Tensor | None:
+    """The mask `[b s]` that transformers infers: tokens that are not the padding's id, unless that also ends a text.
+
+    Source: transformers 5.23.0 generation/utils.py `GenerationMixin._prepare_attention_mask_for_generation`.
+    """
+    if padding is None or ids.dim() != 2 or ids.is_floating_point():
+        return None
+    if padding in torch.as_tensor([] if ends is None else ends).flatten().tolist():
+        return None
+    return ids.ne(padding).long()
+
+
+def _draw_alike(group: ProcessGroup, device: torch.device) -> None:
+    """Give every rank of `group` the state of the first one's random numbers, on the CPU and where the model is."""
+    first = dist.get_global_rank(group, 0)
+    state = torch.get_rng_state().to(device)
+    dist.broadcast(state, first, group=group)
+    torch.set_rng_state(state.cpu())
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device).to(device)
+        dist.broadcast(state, first, group=group)
+        torch.cuda.set_rng_state(state.cpu(), device)

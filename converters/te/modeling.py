@@ -264,9 +264,15 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             mask_type=self.config.self_attn_mask_type,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            multiple=(TOKENS_MULTIPLE if self.precision.quantized else 1) * self.parallel.parts,
+            multiple=self._multiple(layout),
             cp_size=cp_size,
         )
+
+    def _multiple(self, layout: str) -> int:
+        """Of which the tokens of a batch are to be: on each sequence-parallel rank what quantised GEMMs want."""
+        if layout == "bshd" and not self.precision.quantized:
+            return 1  # sequence parallelism cuts the rows of a batch there, which more columns do not help
+        return (TOKENS_MULTIPLE if self.precision.quantized else 1) * self.parallel.parts
 
 
 class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGeneration, GenerationMixin):

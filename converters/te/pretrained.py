@@ -4,7 +4,7 @@
 `save_pretrained`, as in the recipe, and has a file of its own:
 
     model.save_pretrained(folder)
-    model.save_extra_states(folder)                      # te_extra_state.safetensors: bytes by key, never unpickled
+    model.save_extra_states(folder)                      # te_extra_state.safetensors: bytes by key
     model = NVLlamaForCausalLM.from_pretrained(folder, fp8_recipe=recipe)
     model.load_extra_states(folder)
 
@@ -13,6 +13,7 @@ Source: NVIDIA/bionemo-framework, bionemo-recipes/models/llama3/modeling_llama_t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from converters.errors import CheckpointError, listing
+from converters.errors import CheckpointError, ConfigError, TopologyError, listing
 from converters.te.config import NVLlamaConfig
 from converters.te.layers import Layers, layers_for
 
@@ -61,6 +62,56 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
                     self._init_weights(module)
         self.tie_weights()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, of a checkpoint in the layout of Transformer Engine.
+
+        Raises:
+            CheckpointError: The checkpoint is Hugging Face's: none of its layers' weights would be used.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        parent: Any = super()  # typed there without what output_loading_info adds
+        folder = pretrained_model_name_or_path
+        model, told = parent.from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        if theirs := [key for key in told["unexpected_keys"] if ".self_attn." in key]:
+            raise CheckpointError(
+                f"{folder} has Hugging Face's weights ({min(theirs)}, ...), and this model takes Transformer Engine's. "
+                f"Convert them, python -m converters convert --from hf --to te {folder} TARGET, or load them with "
+                "converters.te.convert.load"
+            )
+        return (model, told) if asked else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; one rank has to hold the whole model.
+
+        Raises:
+            TopologyError: The model is cut over ranks.
+        """
+        self._check_whole("save_pretrained")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the head is a layer of fixed size, and padded over ranks.
+
+        Raises:
+            ConfigError: Always; nothing is changed.
+        """
+        raise ConfigError(
+            "resize_token_embeddings: Transformer Engine's layers keep their sizes. Convert to Hugging Face "
+            "(convert_llama_te_to_hf), resize that model, and convert it back (convert_llama_hf_to_te)"
+        )
+
+    def _check_whole(self, what: str) -> None:
+        decoder: Any = self.base_model
+        size = decoder.parallel.tp_size
+        if size > 1:
+            raise TopologyError(
+                f"{what}: the model is cut over tp={size} ranks, and each would write its own part to the same file. "
+                "converters.te.convert.save writes the weights of all of them as one checkpoint"
+            )
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's, without `_extra_state`: see `extra_states` for it."""
         whole = super().state_dict(*args, **kwargs)
@@ -95,7 +146,12 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         }
 
     def save_extra_states(self, folder: str | Path) -> Path:
-        """Write `extra_states()` to `te_extra_state.safetensors` in `folder`, and return its path."""
+        """Write `extra_states()` to `te_extra_state.safetensors` in `folder`, and return its path.
+
+        Raises:
+            TopologyError: The model is cut over ranks.
+        """
+        self._check_whole("save_extra_states")
         path = Path(folder) / EXTRA_STATES_FILE
         save_file(self.extra_states(), path, metadata={"format": "pt"})
         return path
@@ -103,8 +159,8 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
     def load_extra_states(self, states: Mapping[str, Tensor] | str | Path) -> None:
         """Give layers the state that `extra_states` returned, or that `save_extra_states` wrote.
 
-        The reference reads the bytes without unpickling. Transformer Engine's own layers hold a pickle there, and
-        refuse to read it unless the environment variable NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE says it is trusted.
+        The reference walks the bytes itself, and runs no unpickler on them. Transformer Engine's own layers unpickle
+        them, and refuse to unless the environment variable NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE says they are trusted.
 
         Args:
             states: By key; or the folder that the file is in.

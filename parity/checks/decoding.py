@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.backends import BACKENDS
-from parity.bounds import Floats, Spread, allowed, nearness, spread
+from parity.bounds import Floats, Spread, allowed, nearness, share_held, spread
 from parity.case import Case
 from parity.checks.bench import Bench, NotApplicable
 from parity.checks.forward import held
@@ -37,7 +37,7 @@ def with_cache(bench: Bench) -> Iterator[Finding]:
     if reasons := BACKENDS[case.backend].without_cache(case.topology, case.precision):
         raise NotApplicable("; ".join(reasons))
     asked, prompts, said = _asked(bench)
-    own = _spread(said)
+    own = _spread(said, share_held(case.precision))
     found = bench.ranks(
         "observation.decoding:decoded", bench.converter, bench.subject.folder, bench.settings, asked, PREFILL, prompts
     )
@@ -85,12 +85,12 @@ def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
     return found
 
 
-def _spread(said: References) -> Spread:
+def _spread(said: References, share: float) -> Spread:
     """How far transformers is from itself, in float32, or from its oracle: in all of its answers, at their worst."""
     expected = said.whole if said.oracle is None else said.oracle
     answers = [([said.whole, said.fused, said.cached], expected)]
     answers += [([text.logits], oracle) for text, oracle in zip(said.texts, said.oracles, strict=bool(said.oracles))]
-    spreads = [spread([_by_token(one) for one in found], _by_token(right)) for found, right in answers]
+    spreads = [spread([_by_token(one) for one in found], _by_token(right), share) for found, right in answers]
     return Spread(
         largest=max(one.largest for one in spreads),
         rms=max(one.rms for one in spreads),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.topology import Topology
-from parity.bounds import Distance, Floats, Spread, allowed, largest, nearness, rms, worst
+from parity.bounds import Distance, Floats, Spread, allowed, largest, nearness, rms, share_held, worst
 from parity.case import Case
 from parity.checks.bench import Bench
 from parity.devices import device_of
@@ -207,7 +207,10 @@ def held(
         )
     ]
     if mine.ndim == 2:
-        token, row = worst(mine, theirs, axis=1), worst(mine, theirs, axis=0)
+        token = worst(mine, theirs, axis=1, share=share_held(case.precision))
+        row = worst(mine, theirs, axis=0)
+        if share_held(case.precision) < 1:
+            about += f"; of tokens, the worst of {share_held(case.precision):.0%}"
         for name, distance, own, where in (
             ("worst token", token, spread.token, place(token.where)),
             ("worst row", row, spread.row, f"vocabulary row {row.where[0]}"),

@@ -40,18 +40,22 @@ def products(bench: Bench) -> Iterator[Finding]:
     found = [one for rank in ranks for one in rank]
     for name in dict.fromkeys(one.name for one in found):
         mine = [one for one in found if one.name == name]
+        nothing = [one for one in mine if one.size == 0]
         worst = max(mine, key=lambda one: one.off / one.bound if one.off == one.off else float("inf"))
-        over = [one for one in mine if not one.off <= one.bound]
+        over = [one for one in mine if one.over and one.size != 0]
         part = name.partition(",")[0]
         if over and name == "forward" and all(one.plain <= one.bound for one in over):
             part = "off"
         yield Measurement.within(
             f"products, {name}",
-            measured=worst.off,
+            measured=float("inf") if nothing else worst.off,
             bound=worst.bound,
-            unit="of the product's rms",
-            where=worst.where,
-            detail="\n".join(f"{one.where}: {one.off:.2e}; from the plain product {one.plain:.2e}" for one in over[:6]),
+            unit="of what chance makes of it" if worst.drawn else "of the product's rms",
+            where=(nothing or [worst])[0].where,
+            detail="\n".join(
+                [f"{one.where}: measures nothing: the stated product is zero" for one in nothing[:6]]
+                + [f"{one.where}: {one.off:.2e}; from the plain product {one.plain:.2e}" for one in over[:6]]
+            ),
             causes=[Cause(kind="quantisation", what=(part,))] if over else [],
         )
 

@@ -24,6 +24,8 @@ PRODUCTS = (
     ("amax history stale", "TE #1623", ("fp8-delayed",), "forward"),
     ("gradients in E4M3", "Format.HYBRID", ("fp8-current",), "backward"),
     ("backward not quantised", "a backward that autograd made", ("fp8-block", "mxfp8"), "backward"),
+    ("nvfp4 without stochastic rounding", "disable_stochastic_rounding", ("nvfp4",), "backward"),
+    ("nvfp4 without the Hadamard transform", "disable_rht", ("nvfp4",), "backward"),
     ("head quantised", "a head inside the autocast", ("fp8-current",), "head"),
 )
 STATES = (

@@ -35,10 +35,14 @@ def _operands(change: Change) -> Patched:
 
 
 def _in_format(name: str, *roles: str) -> Patched:
-    target = getattr(importlib.import_module(f"{QUANTIZATION}.formats"), name)
+    return _with({"format": getattr(importlib.import_module(f"{QUANTIZATION}.formats"), name)}, *roles)
+
+
+def _with(given: Mapping[str, Any], *roles: str) -> Patched:
+    """The quantizers of some operands with other options."""
     return _operands(
         lambda found: dataclasses.replace(
-            found, **{role: dataclasses.replace(getattr(found, role), format=target) for role in roles}
+            found, **{role: dataclasses.replace(getattr(found, role), **given) for role in roles}
         )
     )
 
@@ -184,6 +188,8 @@ PATCHES: Mapping[str, Patched] = {
     ),
     "amax history stale": in_module(f"{QUANTIZATION}.delayed:Direction", "update", _once),
     "backward not quantised": in_module(f"{REFERENCE}.module:Module", "gemm", _plain_backward),
+    "nvfp4 without stochastic rounding": _with({"stochastic": False}, "grad"),
+    "nvfp4 without the Hadamard transform": _with({"transform": False}, "input", "grad"),
     "head quantised": _quantised_head,
     "state not written": _no_state,
     "state not read": in_module(STATE, "read", _unread),

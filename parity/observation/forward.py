@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from parity.backends import below_bf16, held_in
-from parity.bounds import Spread, spread
+from parity.bounds import Spread, share_held, spread
 from parity.converter import Converter, Settings
 from parity.observation import backend
 from parity.observation.observe import Observation, hf_model, hf_observation, hf_observation_apart
-from parity.observation.quantised_hf import MOVES, moved
+from parity.observation.quantised_hf import CALIBRATIONS, MOVES, moved
 from parity.probes import Probe
 
 
@@ -82,7 +82,7 @@ def forward(
 def _reference(model: Any, oracle: Any | None, probe: Probe, precision: str) -> Reference:
     whole = probe.segments is None
     ask = hf_observation if whole else hf_observation_apart
-    if precision == "fp8-delayed":  # scales come from what was seen before
+    for _ in range(CALIBRATIONS if precision == "fp8-delayed" else 0):
         hf_observation(model, probe)
 
     def evaluated(attention: str, how: Callable[[Any, Probe], Observation]) -> Observation:
@@ -102,7 +102,7 @@ def _reference(model: Any, oracle: Any | None, probe: Probe, precision: str) -> 
     seen, labelled = probe.compared, probe.labelled
     return Reference(
         expected=expected,
-        logits=spread([one.logits[seen] for one in others], expected.logits[seen]),
+        logits=spread([one.logits[seen] for one in others], expected.logits[seen], share_held(precision)),
         loss=spread([one.loss[labelled] for one in others], expected.loss[labelled]),
         together=together,
         finite=all(bool(np.isfinite(one.logits[seen]).all()) for one in (expected, *others)),

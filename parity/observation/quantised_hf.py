@@ -30,10 +30,18 @@ E4M3, E5M2, FP4 = 448.0, 57344.0, 6.0
 _DTYPES = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 ROUNDOFF = 2.0**-9
 """Half a step of bfloat16 at most, of a number's own size."""
+CALIBRATIONS = 2
+"""Times that a model with delayed scales is asked before its answer counts: what saturates in the first pass changes
+the amaxes behind it, and in the second finds scales that hold it."""
 MOVES = 4
 """Evaluations whose numbers are moved (see `moved`), for the spread of the worst token."""
 HADAMARD = 16
 """Tokens that one transform mixes."""
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+"""Of those tokens before they are mixed: drawn once, for all models and steps.
+
+Source: NVIDIA/TransformerEngine v2.20.2, pytorch/tensor/nvfp4_tensor.py, `get_wgrad_sign_vector`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +55,7 @@ class Roles:
         weight_back: `[out in]`, along `out`.
         input_back: `[t in]`, along the tokens.
         gradient_back: `[t out]`, along the tokens.
-        settled: Whether a weight that nobody trains is always quantised alike.
+        known: What a weight that nobody trains is quantised by, besides itself: alike as long as that is.
     """
 
     input: Callable[[Tensor], Tensor]
@@ -56,7 +64,7 @@ class Roles:
     weight_back: Callable[[Tensor], Tensor]
     input_back: Callable[[Tensor], Tensor]
     gradient_back: Callable[[Tensor], Tensor]
-    settled: bool = True
+    known: Callable[[], float] = lambda: 0.0
 
 
 def quantise(model: Any, precision: str) -> None:
@@ -126,7 +134,7 @@ class _Fused:
         self._linears, self._roles, self._rows = linears, roles, rows
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
-        self._held: Tensor | None = None
+        self._held: tuple[float, Tensor] | None = None
         self.random: torch.Generator | None = None
 
     def ask(self, index: int, x: Tensor) -> Tensor:
@@ -140,24 +148,27 @@ class _Fused:
         return found if bias is None else found + bias
 
     def _computed(self, x: Tensor) -> Tensor:
-        weight = torch.cat([linear.weight for linear in self._linears])
-        if self._rows is None:
-            return self._product(x, weight)
-        order = self._rows.to(x.device)
-        return self._product(x, weight[order])[..., order.argsort()]
+        made = self._product(x)
+        return made if self._rows is None else made[..., self._rows.to(x.device).argsort()]
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _weight(self) -> Tensor:
+        """The one matrix, its rows in the order of groups."""
+        weight = torch.cat([linear.weight for linear in self._linears])
+        return weight if self._rows is None else weight[self._rows.to(weight.device)]
+
+    def _product(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         if self.random is not None:
             move = torch.rand(x.shape, generator=self.random).to(x.device) * 2 - 1
             x = x.float() * (1 + move * ROUNDOFF)
         if torch.is_grad_enabled():
-            found: Tensor = _Product.apply(x, weight, self._roles, dtype)  # type: ignore[no-untyped-call]
+            found: Tensor = _Product.apply(x, self._weight(), self._roles, dtype)  # type: ignore[no-untyped-call]
             return found
-        held = self._held if self._held is not None else self._roles.weight(weight.float())
-        self._held = held if self._roles.settled else None
-        product = self._roles.input(x.flatten(0, -2).float()) @ held.T
-        return product.to(dtype).reshape(*x.shape[:-1], len(weight))
+        known = self._roles.known()
+        if self._held is None or self._held[0] != known:
+            self._held = known, self._roles.weight(self._weight().float())
+        product = self._roles.input(x.flatten(0, -2).float()) @ self._held[1].T
+        return product.to(dtype).reshape(*x.shape[:-1], -1)
 
 
 def _fuse(linears: Sequence[torch.nn.Linear], roles: Roles, rows: Tensor | None = None) -> None:
@@ -213,9 +224,14 @@ class _Delayed:
     largest: float
     history: list[float] = field(default_factory=list)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def scale(self) -> float:
+        """Of the next tensor."""
         known = max(self.history, default=0.0)
-        scale = self.largest / known if known > 0 else 1.0
+        return self.largest / known if known > 0 else 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale = self.scale
         self.history = [*self.history[-1022:], float(x.abs().max())]
         return _rounded(x * scale, self.largest) / scale
 
@@ -274,16 +290,18 @@ def _along_rows(quantised: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 def _mixed(quantised: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Along the tokens, sixteen of which are mixed before: the product of two operands so mixed is the same.
 
-    Tokens are filled up with zeros, which add nothing to the product: what returns may have more of them.
+    What is mixed is rounded to bfloat16, once, before it is quantised. Tokens are filled up with zeros, which add
+    nothing to the product: what returns may have more of them.
     """
 
     def transformed(x: Tensor) -> Tensor:
         matrix = torch.ones(1, 1, device=x.device)
         while len(matrix) < HADAMARD:
             matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+        matrix = matrix * torch.tensor(SIGNS, device=x.device)
         filled = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % HADAMARD))
         turned = torch.einsum("ij,bjc->bic", matrix / HADAMARD**0.5, filled.unflatten(0, (-1, HADAMARD)))
-        return quantised(turned.flatten(0, 1).T).T
+        return quantised(turned.flatten(0, 1).bfloat16().float().T).T
 
     return transformed
 
@@ -319,7 +337,7 @@ def _roles_delayed() -> Roles:
         weight_back=lambda x: kept["weight"],
         input_back=lambda x: kept["input"],
         gradient_back=lambda x: kept["gradient"],
-        settled=False,
+        known=lambda: weights.scale,
     )
 
 

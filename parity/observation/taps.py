@@ -20,7 +20,7 @@ from parity.backends import below_bf16
 from parity.converter import Converter, Settings
 from parity.observation.activations import LOGITS, PARTS, Floats, Yardstick, blocks, everything, yardstick
 from parity.observation.observe import array_of, hf_model, hf_observation
-from parity.observation.quantised_hf import MOVES, moved, restore
+from parity.observation.quantised_hf import CALIBRATIONS, MOVES, moved, restore
 from parity.probes import Probe
 
 Wanted = Callable[[str], bool]
@@ -79,8 +79,8 @@ def yardsticks(model: Any, probe: Probe, precision: str, wanted: Wanted = everyt
         wanted: Which taps; logits always.
     """
     evaluations: list[dict[str, Floats]] = []
-    if precision == "fp8-delayed":
-        hf_observation(model, probe)  # scales come from what was seen before
+    for _ in range(CALIBRATIONS if precision == "fp8-delayed" else 0):
+        hf_observation(model, probe)
     model.set_attn_implementation("eager")
     evaluations.append(said(model, probe, wanted))
     model.set_attn_implementation("sdpa")

@@ -313,3 +313,29 @@ def meshes_refused(folder: Path, meshes: list[Topology]) -> list[str]:
         else:
             out.append("")
     return out
+
+
+def sampled(folder: Path, topology: Topology) -> Tensor:
+    """The tokens that this rank draws, its random numbers being its own."""
+    from converters.te.parallel import Parallel
+
+    model = build(folder, Parallel.of(topology), "thd").eval()
+    torch.manual_seed(dist.get_rank())
+    ids = Probe(layout="thd", lengths=(7, 7), room=(7, 7)).sequences(model.config.vocab_size)
+    tokens: Tensor = model.generate(torch.stack(ids), max_new_tokens=8, min_new_tokens=8, do_sample=True)
+    return tokens
+
+
+def saved(folder: Path, topology: Topology, target: Path) -> list[str]:
+    """What is said to each way of writing this rank's part as if it were the model."""
+    from converters.errors import TopologyError
+    from converters.te.parallel import Parallel
+
+    model = build(folder, Parallel.of(topology), "thd")
+    out = []
+    for write in (model.save_pretrained, model.save_extra_states):
+        try:
+            write(target)
+        except TopologyError as error:
+            out.append(str(error))
+    return out

@@ -104,3 +104,15 @@ def test_meshes_that_the_model_cannot_have(folders: dict[str, Path], zygote: Zyg
     assert ["runs under tp, cp, dp and sequence parallelism" in said for said in others] == [True] * 3, others
     assert "intermediate_size=44 does not divide over tp=8" in eight
     assert "a mesh of 2 ranks, and this process group has 1" in two
+
+
+def test_ranks_draw_alike_whatever_their_seeds(folders: dict[str, Path], in_ranks: Run) -> None:
+    first, second = in_ranks(te_ranks.sampled, folders["tied"], Topology(tp=2))
+    assert torch.equal(first, second)
+
+
+def test_a_part_is_not_saved_as_the_model(folders: dict[str, Path], tmp_path: Path, in_ranks: Run) -> None:
+    for said in in_ranks(te_ranks.saved, folders["tied"], Topology(tp=2), tmp_path):
+        assert [one.partition(":")[0] for one in said] == ["save_pretrained", "save_extra_states"]
+        assert all("converters.te.convert.save" in one for one in said)
+    assert not [*tmp_path.iterdir()]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from converters.topology import Topology
-from parity.bounds import Floats
+from parity.bounds import Floats, share_held, worst
 from parity.case import Case
 from parity.checks import decoding
 from parity.findings import Measurement
@@ -115,3 +115,20 @@ def test_greedy_text_that_parts_in_float32_is_compared_up_to_there() -> None:
     logits[1, 4] += 7
     *_, held = decoding._text(one, prompt, Text(tokens=tokens, logits=logits), expected, None, own, 0.0)
     assert not held.passed
+
+
+def test_below_bfloat16_a_tenth_of_the_tokens_counts_among_all_alone() -> None:
+    exact = np.zeros((40, 8), dtype=np.float32)
+    found = exact.copy()
+    found[:, 0] = np.arange(40)  # each token is farther off than the one before it
+    assert worst(found, exact, axis=1).where == (39,)
+    assert worst(found, exact, axis=1, share=share_held("bf16")).where == (39,)
+    assert worst(found, exact, axis=1, share=share_held("mxfp8")).where == (35,)
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_what_is_no_number_is_never_left_out(strange: float) -> None:
+    exact = np.zeros((40, 8), dtype=np.float32)
+    found = exact.copy()
+    found[7, 3] = strange
+    assert not np.isfinite(worst(found, exact, axis=1, share=0.5).value)

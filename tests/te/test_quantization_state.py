@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from quantization_ranks import reduced_scales
 from torch import Tensor
 
 from converters.errors import ConversionError
-from converters.te.quantization import autocast, extra_state, state
+from converters.te.quantization import autocast, extra_state, pickled, state
 from converters.te.quantization.delayed import DelayedState
 from converters.te.quantization.formats import E4M3, E5M2
 from converters.te.quantization.recipes import DelayedScaling, Float8CurrentScaling, Format
@@ -422,6 +423,50 @@ def test_nothing_else_is_called(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="no FP8 state of Transformer Engine"):
         Module().set_extra_state(encoded({"recipe": Hostile(torch.storage._load_from_bytes, inner.getvalue())}))
     assert not marker.exists()
+
+
+_FORMATS = b"ctransformer_engine.common.recipe\n"
+ATTACKS = {
+    # BUILD with (None, {name: value}) sets attributes of whatever is on the stack, and so of a class.
+    "an attribute set": _FORMATS + b"_FormatHelper\nN}X\x05\x00\x00\x00owned\x88s\x86b",
+    "a method replaced": _FORMATS + b"_FormatHelper\nN}X\x07\x00\x00\x00__new__" + _FORMATS + b"Format\ns\x86b",
+    "a format built upon": _FORMATS + b"Format\n}X\x05\x00\x00\x00owned\x88sb",
+    "a tensor's function built upon": b"ctorch._utils\n_rebuild_tensor_v2\n}X\x05\x00\x00\x00owned\x88sb",
+    "a class built upon": b"ccollections\nOrderedDict\n}X\x05\x00\x00\x00owned\x88sb",
+    "a command": b"cos\nsystem\nX\x04\x00\x00\x00true\x85R",
+    "a command by instance": b"(X\x04\x00\x00\x00trueios\nsystem\n",
+    "a name from the stack": b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93X\x04\x00\x00\x00true\x85R",
+    "a name of a copy registry": b"\x82\x01",
+    "an outer object": b"X\x01\x00\x00\x00aQ",
+    "memory without end": b"ctorch._utils\n_rebuild_tensor_v2\n(ctorch.storage\n_load_from_bytes\n"
+    b"%sK\x00J%s\x85K\x00\x85tR",
+}
+
+
+def _storage_of_one() -> bytes:
+    buffer = io.BytesIO()
+    torch.save(torch.ones(1).storage(), buffer, _use_new_zipfile_serialization=False)
+    content = buffer.getvalue()
+    return b"B" + len(content).to_bytes(4, "little") + content + b"\x85R"
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_crafted_state_changes_nothing_of_the_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def system(command: str) -> int:
+        raise AssertionError(f"{command} was run")
+
+    monkeypatch.setattr(os, "system", system)
+    attack = ATTACKS[name]
+    if b"%s" in attack:
+        attack %= (_storage_of_one(), (2**30).to_bytes(4, "little"))
+    content = b"\x80\x04}X\x06\x00\x00\x00recipe" + attack + b"s."
+    modules = (extra_state, pickled)
+    before = [{k: dict(vars(v)) for k, v in vars(each).items() if isinstance(v, type)} for each in modules]
+    with pytest.raises(ConversionError, match=r"a layer: `_extra_state` (calls|changes|has)"):
+        extra_state.read(torch.frombuffer(bytearray(content), dtype=torch.uint8), 1, None, where="a layer")
+    assert before == [{k: dict(vars(v)) for k, v in vars(each).items() if isinstance(v, type)} for each in modules]
+    assert extra_state.read(trained().get_extra_state(), 2, None, where="a layer") is not None
 
 
 @pytest.mark.parametrize("content", [b"\x00\x01\x02", b"", [1, 2], "text"])

@@ -475,3 +475,26 @@ def test_the_config_is_what_both_sides_read(folders: dict[str, Path], tmp_path: 
     plain = LlamaConfig.from_pretrained(folders["biased"])
     fields = ("head_dim", "rope_parameters", "rms_norm_eps", "attention_bias", "mlp_bias", "eos_token_id", "dtype")
     assert {name: getattr(config, name) for name in fields} == {name: getattr(plain, name) for name in fields}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "asked", "says"),
+    [
+        ("mxfp8", ["fp4", None], r"fp8 layers, .* fp4: layers \[0\], unquantised: layers \[1\]"),
+        ("nvfp4", [None, None], r"fp4 layers, .* unquantised: layers \[0, 1\]"),
+        ("nvfp4", ["fp8", "fp4"], r"fp4 layers, .* fp8: layers \[0\], fp4: layers \[1\]"),
+    ],
+)
+def test_a_recipe_that_layers_do_not_run_in_is_refused(
+    folders: dict[str, Path], recipe: str, asked: list[str | None], says: str
+) -> None:
+    from converters.te.quantization import recipe_of
+
+    with pytest.raises(ConfigError, match=says):
+        convert.load(folders["tied"], device="cpu", recipe=recipe_of(recipe), layer_precision=asked)
+
+
+def test_an_option_that_no_config_has_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"attn_input_fromat='bshd' \(did you mean 'attn_input_format'"):
+        convert.load(folders["tied"], device="cpu", attn_input_fromat="bshd")
+    assert convert.load(folders["tied"], device="cpu", rms_norm_eps=0.5).config.rms_norm_eps == 0.5

@@ -164,6 +164,31 @@ def test_right_padding(model: NVLlamaForCausalLM, expected: dict[str, Tensor], h
     assert torch.equal(made[:, :width], prompts["input_ids"].repeat_interleave(each, dim=0))
 
 
+@pytest.mark.parametrize("given", ["no mask", "embeddings", "embeddings and ids"])
+def test_right_padding_that_is_told_otherwise(
+    model: NVLlamaForCausalLM, expected: dict[str, Tensor], given: str
+) -> None:
+    """The mask comes from the padding's id, as transformers infers it; embeddings are moved as ids are."""
+    prompts, width = _prompts("right"), max(LENGTHS)
+    assert bool((prompts["input_ids"] == SIZES["pad_token_id"]).any())
+    if given == "no mask":
+        del prompts["attention_mask"]
+    else:
+        with torch.no_grad():
+            prompts["inputs_embeds"] = model.model.embed_tokens(prompts["input_ids"])
+        if given == "embeddings":
+            del prompts["input_ids"]
+    made = _generate(model, prompts, do_sample=False)
+    assert torch.equal(made[:, -NEW:], expected["greedy"][:, width:])
+    assert given == "embeddings" or torch.equal(made[:, :width], _prompts("right")["input_ids"])
+
+
+def test_a_token_that_also_ends_a_text_is_no_padding(thd: NVLlamaForCausalLM, llama: LlamaForCausalLM) -> None:
+    prompts = {"input_ids": _prompts("right")["input_ids"]}
+    options = {"do_sample": False, "eos_token_id": [SIZES["eos_token_id"], SIZES["pad_token_id"]], "pad_token_id": 0}
+    assert torch.equal(_generate(thd, prompts, **options), _generate(llama, prompts, **options))
+
+
 @pytest.fixture(scope="module")
 def floor(llama: LlamaForCausalLM) -> tuple[Tensor, float]:
     """Logits of whole sequences in one forward, and the bound: two evaluations of transformers' own apart."""
@@ -266,7 +291,7 @@ def test_quantised_layers(layout: str, how: str) -> None:
             recipe_of("mxfp8"),
             device="cpu",
         ).eval()
-        for form in ("thd", layout)  # without a cache, bshd has no place for padding up to a multiple
+        for form in ("thd", layout)
     )
     model.load_state_dict(whole.state_dict())
     plain = _generate(whole, _prompts("left"), **DECODING[how], use_cache=False)

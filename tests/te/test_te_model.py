@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import converters.te
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, ConfigError
 from converters.te import NVLlamaConfig, NVLlamaForCausalLM
 from converters.te.arrangement import InputError, arrange
 from converters.te.config import NVLlamaConfigError
@@ -350,3 +350,63 @@ def test_heads_of_other_tasks(tmp_path: Path, ids: Tensor) -> None:
         )
     answers = converters.te.NVLlamaForQuestionAnswering(config)(ids, attention_mask=RIGHT)
     assert answers.start_logits.shape == (ROWS, TOKENS)
+
+
+@pytest.mark.parametrize("mask_type", ["padding_causal", "causal", "no_mask", "padding"])
+@pytest.mark.parametrize("recipe", ["fp8-delayed", "fp8-current", "fp8-block", "mxfp8", "nvfp4"])
+def test_a_batch_of_any_size_under_every_recipe(recipe: str, mask_type: str) -> None:
+    """Rows that the GEMMs do not divide are filled up as by hand, with zeros that nobody attends to."""
+    changes: dict[str, Any] = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
+    changes |= {"attention_bias": False, "mlp_bias": False, "dtype": "bfloat16"}
+    changes |= {"layer_precision": ["fp4" if recipe == "nvfp4" else "fp8"] * 2}
+    name = "fp4_recipe" if recipe == "nvfp4" else "fp8_recipe"
+    by_hand = {"causal": "padding_causal", "no_mask": "padding"}.get(mask_type, mask_type)
+    model, padded = (
+        NVLlamaForCausalLM(
+            NVLlamaConfig(**sizes(**changes, attn_input_format="bshd", self_attn_mask_type=kind)),
+            **{name: recipe_of(recipe)},
+        ).eval()
+        for kind in (mask_type, by_hand)
+    )
+    padded.load_state_dict(model.state_dict())
+    rows = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(5))
+    wide, mask = (torch.nn.functional.pad(one, (0, 25)) for one in (rows, torch.ones_like(rows)))
+    assert not model.get_input_embeddings()(wide[:, 7:]).any()  # padding's own embedding is zero
+    wanted, found = padded(wide, attention_mask=mask).logits[:, :7], model(rows).logits
+    assert wanted.count_nonzero()
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cu_seq_lens_q": [1, 4, 11]}, "must start at 0"),
+        ({"cu_seq_lens_q": [0, 7, 4, 11]}, "not decrease"),
+        ({"cu_seq_lens_q": [0, 4, 9]}, "end at 11, the tokens"),
+        ({"cu_seq_lens_q": [0, 4, 12]}, "end at 11, the tokens"),
+        ({"cu_seq_lens_q": [0, 4, 11], "cu_seq_lens_k": [0, 4, 9]}, "cu_seq_lens_k must start"),
+        ({"cu_seq_lens_q": [0, 3, 7], "cu_seq_lens_q_padded": [0, 4, 9]}, "cu_seq_lens_q_padded must start"),
+        ({"cu_seq_lens_q": [0, 5, 8], "cu_seq_lens_q_padded": [0, 4, 11]}, "do not fit in cu_seq_lens_q_padded"),
+    ],
+)
+def test_boundaries_that_are_not_those_of_the_tokens_are_refused(
+    given: dict[str, list[int]], says: str, ids: Tensor
+) -> None:
+    model = NVLlamaForCausalLM(NVLlamaConfig(**sizes()))
+    boundaries = {name: torch.tensor(edges, dtype=torch.int32) for name, edges in given.items()}
+    with pytest.raises(InputError, match=says):
+        model(ids[:1], **boundaries, max_length_q=8)
+
+
+def test_a_checkpoint_of_hugging_face_is_not_taken_for_a_start_from_nothing(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"python -m converters convert --from hf --to te .*TARGET"):
+        NVLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_resizing_the_vocabulary_is_refused_before_anything_changes() -> None:
+    model = NVLlamaForCausalLM(NVLlamaConfig(**sizes()))
+    with pytest.raises(ConfigError, match="convert_llama_te_to_hf"):
+        model.resize_token_embeddings(VOCABULARY + 3)
+    assert model.config.vocab_size == VOCABULARY
+    assert model.model.embed_tokens.weight.shape[0] == VOCABULARY

@@ -1,8 +1,8 @@
 """`_extra_state`: the state of delayed scaling as bytes in a checkpoint, exchanged with Transformer Engine.
 
 Transformer Engine writes a Python pickle there: the recipe object, the scales, the histories. The same bytes are
-written here, opcode by opcode, so that it reads them. Reading is no unpickling: the names in the bytes are looked up in
-a closed list of inert stand-ins and nothing else can be called.
+written here, opcode by opcode, so that it reads them. Reading runs no unpickler: `pickled` walks the opcodes, refuses
+all that no FP8 state needs, and makes plain data of the rest.
 
 Source: TransformerEngine 2.20.2, transformer_engine/pytorch/module/base.py (`get_extra_state`, `set_extra_state`),
 transformer_engine/pytorch/_extra_state.py.
@@ -10,8 +10,6 @@ transformer_engine/pytorch/_extra_state.py.
 
 from __future__ import annotations
 
-import collections
-import io
 import pickle
 from typing import Any
 
@@ -19,14 +17,13 @@ import torch
 from torch import Tensor
 
 from converters.errors import ConversionError, listing
-from converters.te.quantization import recipes
+from converters.te.quantization import pickled, recipes
 from converters.te.quantization.delayed import DelayedState
 from converters.te.quantization.recipe_classes import fields_of
 from converters.te.quantization.recipes import formats_of
 
 VERSION = 1
 _TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
-_MODULE = "transformer_engine.common.recipe"
 
 
 def write(delayed: DelayedState | None) -> Tensor:
@@ -78,7 +75,7 @@ def _symbol(module: str, name: str) -> bytes:
 
 def _recipe_bytes(recipe: Any) -> bytes:
     def name(symbol: str) -> bytes:
-        return b"c" + _MODULE.encode() + b"\n" + symbol.encode() + b"\n"
+        return b"c" + pickled.RECIPES.encode() + b"\n" + symbol.encode() + b"\n"
 
     values = fields_of(recipe)
     # An enumeration is its class called with its value, a named tuple: NEWOBJ, TUPLE1, REDUCE.
@@ -129,14 +126,13 @@ def read(saved: Tensor | None, gemms: int, live: DelayedState | None, *, where: 
             "release that wrote it, or strip `_extra_state`"
         )
     recipe = content["recipe"]
-    if not isinstance(recipe, _Recipe):
-        raise ConversionError(f"{where}: `_extra_state` names {recipe!r} where a recipe belongs")
-    if recipe.symbol != "DelayedScaling":
+    if not isinstance(recipe, pickled.Named):
+        raise ConversionError(f"{where}: `_extra_state` has a {type(recipe).__name__} where a recipe belongs")
+    if recipe.name != "DelayedScaling":
         raise ConversionError(
-            f"{where}: `_extra_state` is of the recipe {recipe.symbol}, which keeps none; expected DelayedScaling"
+            f"{where}: `_extra_state` is of the recipe {recipe.name}, which keeps none; expected DelayedScaling"
         )
-    known = set(fields_of(recipes.DelayedScaling()))
-    state = DelayedState(recipes.DelayedScaling(**{k: v for k, v in vars(recipe).items() if k in known}), gemms)
+    state = DelayedState(recipes.DelayedScaling(**_fields(recipe)), gemms)
     wrong = _fill(state, content)
     if wrong:
         raise ConversionError(
@@ -198,66 +194,30 @@ def _stale(recipe: Any, largest: float, scale: Tensor, history: Tensor) -> list[
     return wrong
 
 
-class _Recipe:
-    """Stands for a recipe: its class by name, its fields as attributes."""
+def _fields(recipe: pickled.Named) -> dict[str, Any]:
+    """The fields of a recipe that this release knows, the format as its enumeration.
 
-    symbol = ""
-
-
-class _Reader(pickle.Unpickler):
-    """Reads bytes of the one kind that Transformer Engine writes; every other name is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands for `module.name`."""
-        if module == _MODULE:
-            if name == "Format":
-                return _format
-            if name == "_FormatHelper":
-                return _Largest
-            if name.isidentifier():
-                return type(name, (_Recipe,), {"symbol": name})
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-            ("torch.storage", "_load_from_bytes"): _storage,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("_codecs", "encode"): _latin1,
-        }
-        if (module, name) not in known:
-            raise ConversionError(f"`_extra_state` calls {module}.{name}, which no FP8 state needs: it is not read")
-        return known[module, name]
+    Raises:
+        ConversionError: An object that is no format.
+    """
+    known = fields_of(recipes.DelayedScaling())
+    found = {name: value for name, value in recipe.fields.items() if name in known}
+    for name, value in found.items():
+        if isinstance(value, pickled.Named):
+            found[name] = _format(value)
+    return found
 
 
-class _Largest(tuple[float, float]):
-    """The largest values of a format, forward and backward."""
-
-    def __new__(cls, forward: float, backward: float) -> _Largest:
-        return super().__new__(cls, (forward, backward))
-
-
-def _format(value: _Largest) -> Any:
-    return next(each for each in recipes.Format if tuple(each.value) == value)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    # How the pickles of protocol 2 hold bytes.
-    if encoding != "latin1":
-        raise ConversionError(f"`_extra_state` has bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _storage(content: bytes) -> Any:
-    # `weights_only`: tensors and plain values, nothing that runs.
-    return torch.load(io.BytesIO(content), weights_only=True)
-
-
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
-    flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
-    return flat.as_strided(size, stride, offset).clone()
+def _format(value: pickled.Named) -> Any:
+    for each in recipes.Format:
+        if value.made_of == (pickled.Named(name="_FormatHelper", made_of=tuple(each.value)),):
+            return each
+    raise ConversionError(f"`_extra_state` has a {value.name} of no known largest values in its recipe")
 
 
 def _parse(saved: Tensor, where: str) -> dict[str, Any]:
     try:
-        content = _Reader(io.BytesIO(bytes(saved.cpu().contiguous().view(torch.uint8).numpy()))).load()
+        content = pickled.parse(bytes(saved.cpu().contiguous().view(torch.uint8).numpy()))
     except ConversionError as error:
         raise ConversionError(f"{where}: {error}") from error
     except Exception as error:

@@ -15,6 +15,7 @@ from converters.topology import Coord, Topology
 from parity.converter import Settings
 from parity.observation.activations import PARTS, Floats
 from parity.observation.observe import Observation, array_of, cross_entropy
+from parity.observation.quantised_hf import CALIBRATIONS
 from parity.observation.taps import Taps, Wanted, recording, with_bias
 from parity.observation.te.feeding import Call, calls, laid_out, ranks_along, rotating_by
 from parity.probes import Probe
@@ -27,7 +28,7 @@ def tapped(
 
     Each rank passes the same probe. Tokens are added at the end, and taken off again, as many as the layout and the
     precision ask for; no token of the probe sees them. Scales of delayed scaling come from what was seen before, so
-    then a probe is asked twice.
+    then all of a probe is asked for them first (see `parity.observation.quantised_hf.CALIBRATIONS`).
     """
     (model,) = models
     topology = settings.topology
@@ -36,10 +37,11 @@ def tapped(
     taps: dict[str, Floats] = {}
     training = model.training
     model.eval()
-    for call in calls(probe, settings, here.cp):
-        if settings.precision == "fp8-delayed":
-            with torch.enable_grad():
-                said(model, call)
+    asked = list(calls(probe, settings, here.cp))
+    for call in asked * CALIBRATIONS if settings.precision == "fp8-delayed" else []:
+        with torch.enable_grad():
+            said(model, call)
+    for call in asked:
         with torch.no_grad(), _hooks(model, wanted) as recorded:
             answer = said(model, call)
         found = _ordered(answer, call, topology, dim=1)
