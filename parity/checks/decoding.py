@@ -85,7 +85,7 @@ def _asked(bench: Bench) -> tuple[Probe, tuple[Prompt, ...], References]:
     return found
 
 
-def _spread(said: References, share: float) -> Spread:
+def _spread(said: References, share: float = 1.0) -> Spread:
     """How far transformers is from itself, in float32, or from its oracle: in all of its answers, at their worst."""
     expected = said.whole if said.oracle is None else said.oracle
     answers = [([said.whole, said.fused, said.cached], expected)]
