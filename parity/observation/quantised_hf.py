@@ -254,12 +254,13 @@ def _power_below(amax: Tensor) -> Tensor:
     return torch.where(amax > 0, torch.exp2(torch.floor(torch.log2(E4M3 / amax.clamp(min=1e-38)))), 1.0)
 
 
-def _nvfp4(rows: int, *, random: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
+def _nvfp4(rows: int, *, random: torch.Generator | None = None, by: float = 1.0) -> Callable[[Tensor], Tensor]:
     """Blocks of `rows` by 16, whose scales are e4m3 numbers, and one float32 scale over all of them.
 
     Args:
         rows: 16 for weights, 1 for all else.
         random: Rounds up with a probability that is the distance, instead of to the nearest.
+        by: Multiplies everything right before it is rounded.
     """
 
     def quantised(x: Tensor) -> Tensor:
@@ -268,9 +269,9 @@ def _nvfp4(rows: int, *, random: torch.Generator | None = None) -> Callable[[Ten
         blocks = padded.unflatten(1, (-1, 16)).unflatten(0, (-1, rows))
         amax = x.abs().max()
         whole = torch.where(amax > 0, FP4 * E4M3 / amax, 1.0)
-        inner = _rounded(blocks.abs().amax(dim=(1, 3), keepdim=True) / FP4 * whole, E4M3)
+        inner = _rounded(blocks.abs().amax(dim=(1, 3), keepdim=True) / FP4 * whole * by, E4M3)
         scale = torch.where(inner > 0, whole / inner, 0.0)
-        scaled = blocks * scale
+        scaled = blocks * scale * by
         if random is not None:
             size = scaled.abs().clamp(max=FP4)
             step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
@@ -304,6 +305,19 @@ def _mixed(quantised: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return quantised(turned.flatten(0, 1).bfloat16().float().T).T
 
     return transformed
+
+
+def halfway(x: Tensor) -> Tensor:
+    """Where NVFP4 of an input along the tokens hangs on the last bit of whoever computes it.
+
+    Args:
+        x: `[t in]`.
+
+    Returns:
+        `[in]`, true where a number, once mixed, or a scale lies halfway between two of its format.
+    """
+    above, below = (_mixed(_nvfp4(1, by=1 + one))(x.float()) for one in (2.0**-18, -(2.0**-18)))
+    return (above != below).any(dim=0)
 
 
 def _roles_by_tensor() -> Roles:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from parity.converter import Converter, Settings
 from parity.observation import backend
-from parity.observation.quantised_hf import ROLES, Roles
+from parity.observation.quantised_hf import ROLES, Roles, halfway
 from parity.observation.taps import with_bias
 from parity.observation.te.observe import everyones
 
@@ -113,6 +113,8 @@ def _of_projection(
             if index:
                 keep[0::EVERY] = keep[EVERY // 2 :: EVERY] = False
             if index and draws > 1:
+                if index == 2:  # mixed inputs can lie halfway between two codes, whatever numbers are mixed
+                    keep &= ~halfway(x0 * step)
                 actual, stated = (
                     torch.stack([one[index].float() for one in side])[..., keep] for side in (said, quantised)
                 )
@@ -238,4 +240,4 @@ def _of_head(model: Any, vocab_size: int, where: str) -> Product:
 
 
 def _rms(x: Tensor) -> float:
-    return float(x.double().pow(2).mean().sqrt())
+    return float(x.double().pow(2).mean().sqrt()) if x.numel() else 0.0
