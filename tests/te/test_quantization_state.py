@@ -21,6 +21,7 @@ from converters.te.quantization import autocast, extra_state, pickled, state
 from converters.te.quantization.delayed import DelayedState
 from converters.te.quantization.formats import E4M3, E5M2
 from converters.te.quantization.recipes import DelayedScaling, Float8CurrentScaling, Format
+from converters.te.reference import Linear
 from converters.te.reference.module import Module
 from parity.ranks import Zygote
 
@@ -363,6 +364,30 @@ def test_stale_missing_and_misshapen_state_is_an_error_that_says_so(
 ) -> None:
     with pytest.raises(ConversionError, match=rf"(?s)Module: .*{message}.*calibrate anew"):
         Module(gemms=2).set_extra_state(written(change))
+
+
+def test_a_weight_is_kept_between_microbatches_with_the_scale_of_the_first() -> None:
+    recipe = DelayedScaling(amax_history_len=4)
+    layer = Linear(16, 16, bias=False, device="cpu")
+    x = operand(8, 16, 1.0).sign()  # on the grid at every scale, and out of it again within one rounding
+
+    def step(first: bool | None) -> Tensor:
+        with autocast(recipe=recipe):
+            made: Tensor = layer(x, is_first_microbatch=first)
+        return made.detach()
+
+    with torch.no_grad():
+        layer.weight.copy_(operand(16, 16, 900.0))
+    saturated = step(True)  # with the scale 1: nothing above 448 is told apart
+    assert layer.delayed is not None
+    history = layer.delayed.forward.amax_history
+    assert history[-1, 1] == 900
+    recorded = history[:, 1].clone()
+    torch.testing.assert_close(step(False), saturated, rtol=2.0**-22, atol=0)
+    assert torch.equal(history[:, 1], recorded)  # as of a slot that saw nothing
+    anew = step(None)
+    assert (anew - saturated).abs().max() > 0.1 * saturated.abs().max()  # scales have moved on
+    assert torch.equal(step(True), anew)
 
 
 def test_a_layer_of_another_number_of_gemms() -> None:

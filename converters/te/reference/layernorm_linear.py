@@ -130,5 +130,6 @@ class LayerNormLinear(Layer):
         if self.parallel_mode == "column":
             inp = (distributed.gather if self.sequence_parallel else distributed.copy)(inp, self.tp_group)
         bias = joined(self, self.bias_names) if self.use_bias else None
-        out = self.gemm(inp, joined(self, self.weight_names), None if self.return_bias else bias)
+        weight, plain = joined(self, self.weight_names), None if self.return_bias else bias
+        out = self.gemm(inp, weight, plain, is_first_microbatch=is_first_microbatch)
         return (out, bias) if self.return_bias else out

@@ -173,9 +173,10 @@ class LayerNormMLP(Layer):
         )
         if parallel:
             x = (distributed.gather if self.sequence_parallel else distributed.copy)(x, self.tp_group)
-        x = self.gemm(x, self.fc1_weight, self.fc1_bias, index=0)
+        x = self.gemm(x, self.fc1_weight, self.fc1_bias, index=0, is_first_microbatch=is_first_microbatch)
         x = activate(x, self.activation, rounded=not self.wants_unrounded("activation"))
-        out = self.gemm(x, self.fc2_weight, None if self.return_bias or parallel else self.fc2_bias, index=1)
+        plain = None if self.return_bias or parallel else self.fc2_bias
+        out = self.gemm(x, self.fc2_weight, plain, index=1, is_first_microbatch=is_first_microbatch)
         if parallel:
             # The bias comes once, to the sum of the ranks.
             out = (distributed.reduce_scatter if self.sequence_parallel else distributed.reduce)(out, self.tp_group)

@@ -162,8 +162,7 @@ class Linear(Layer):
         Args:
             inp: `[... in]`; `in / tp` under `row`; the first dimension is this rank's part under `column` with
                 `sequence_parallel`.
-            is_first_microbatch: Transformer Engine keeps the quantised weight between microbatches; here it is made
-                anew, which is the same.
+            is_first_microbatch: See `Module.gemm`.
 
         Returns:
             `[... out]`, `out / tp` under `column`; and the bias where `return_bias`.
@@ -178,7 +177,8 @@ class Linear(Layer):
         if self.parallel_mode == "column":
             inp = (distributed.gather if self.sequence_parallel else distributed.copy)(inp, self.tp_group)
         # After a row-parallel GEMM the bias comes once, to the sum of the ranks.
-        out = self.gemm(inp, weight, None if self.return_bias or row else bias)
+        plain = None if self.return_bias or row else bias
+        out = self.gemm(inp, weight, plain, is_first_microbatch=is_first_microbatch)
         if row:
             out = (distributed.reduce_scatter if self.sequence_parallel else distributed.reduce)(out, self.tp_group)
             out = out if bias is None or self.return_bias else out + bias

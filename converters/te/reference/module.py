@@ -37,12 +37,21 @@ class Module(torch.nn.Module):
         self.parameter_recipe = state.parameter_recipe()
         self.delayed: DelayedState | None = None
         self._quantized: dict[int, _Kept] = {}
+        self._of_first: dict[int, tuple[type[Quantizer], QuantizedWeight]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but quantised weights, which are made anew: copies must not share them."""
-        return self.__dict__ | {"_quantized": {}}
+        return self.__dict__ | {"_quantized": {}, "_of_first": {}}
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, index: int = 0) -> Tensor:
+    def gemm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        index: int = 0,
+        is_first_microbatch: bool | None = None,
+    ) -> Tensor:
         """`x @ weight.T + bias`, forward and backward in the recipe of the enclosing `autocast`, if there is one.
 
         Without gradients, the quantised weight is kept from call to call for as long as torch counts no change of
@@ -53,6 +62,8 @@ class Module(torch.nn.Module):
             weight: `[out in]`.
             bias: `[out]`.
             index: Which of the layer's GEMMs.
+            is_first_microbatch: True keeps the quantised weight, False takes the one that was kept: under delayed
+                scaling its scale is that of the first microbatch, and its largest magnitude is not recorded again.
 
         Returns:
             `[... out]` in the dtype of `weight`.
@@ -75,6 +86,8 @@ class Module(torch.nn.Module):
         quantized = None
         if self.parameter_recipe is not None:
             quantized = self._held(context.recipe, index)
+        elif is_first_microbatch is not None:
+            quantized = self._of_microbatch(operands.weight, weight, index, is_first_microbatch)
         elif not learns and isinstance(weight, torch.nn.Parameter) and not weight.is_inference():
             quantized = self._cached(operands.weight, weight, index)
         after = _end_backward if learns and state.take_first() else None
@@ -103,6 +116,7 @@ class Module(torch.nn.Module):
         """Forget the scales and histories of delayed scaling."""
         self.delayed = None
         self._quantized.clear()
+        self._of_first.clear()
 
     def get_extra_state(self) -> Tensor:
         """The state of delayed scaling as bytes (uint8); empty where there is none, as Transformer Engine's."""
@@ -137,6 +151,14 @@ class Module(torch.nn.Module):
         for quantizer, operand in ((operands.input, x), (operands.weight, weight)):
             assert isinstance(quantizer, DelayedQuantizer)
             quantizer.amax.copy_(amax_of(operand))
+
+    def _of_microbatch(self, quantizer: Quantizer, weight: Tensor, index: int, first: bool) -> QuantizedWeight:
+        """Source: TransformerEngine 2.20.2, transformer_engine/pytorch/module/base.py, `quantize_weight`."""
+        kept = self._of_first.get(index)
+        if first or kept is None or kept[0] is not type(quantizer):
+            kept = type(quantizer), QuantizedWeight.of(weight.detach(), quantizer, columnwise=True)
+            self._of_first[index] = kept
+        return kept[1]
 
     def _cached(self, quantizer: Quantizer, weight: Tensor, index: int) -> QuantizedWeight:
         key: Hashable = repr(quantizer)

@@ -220,7 +220,7 @@ class TransformerLayer(torch.nn.Module):
             hidden_states: `[s b h]`, `[b s h]` or `[t h]`.
             attention_mask: See `DotProductAttention.forward`.
             self_attn_mask_type: Instead of the layer's own.
-            is_first_microbatch: See `Linear.forward`.
+            is_first_microbatch: See `Module.gemm`.
             inference_params: A cache, after its `pre_step`.
             rotary_pos_emb: Angles `[s2 1 1 d]`, float32, of all positions from zero.
             cu_seqlens_q: Lengths, as in `DotProductAttention.forward`; they hold for keys too.
