@@ -85,7 +85,7 @@ def worst(actual: Floats, expected: Floats, axis: int, share: float = 1.0) -> Di
     along = np.sqrt(np.mean(difference**2, axis=axis, dtype=np.float64))
     order = np.argsort(along)  # infinity comes last, and NaN behind it
     strange = not np.isfinite(along).all()
-    at = int(order[-1 if strange else -1 - int((1 - share) * len(along))])
+    at = int(order[-1 if strange else math.ceil(share * len(along)) - 1])
     return Distance(value=float(along[at]), where=(at,))
 
 

@@ -15,7 +15,7 @@ from converters.sources import read_config
 from converters.topology import Topology
 from parity.case import Case
 from parity.checks import training
-from parity.checks.bench import Bench, NotApplicable, Shared
+from parity.checks.bench import Bench, Shared
 from parity.findings import Measurement
 from parity.observation.hf_training import _at_least_typical
 from parity.observation.lessons import LENGTH, STEPS, Deal, lessons
@@ -155,11 +155,6 @@ def test_what_is_wrong_fails_in_bfloat16(
 
 def test_every_fault_is_planted() -> None:
     assert {fault for fault, _, _ in WRONG} == set(FAULTS)
-
-
-def test_another_precision_is_refused(shared: Shared, subjects: dict[str, Any]) -> None:
-    with pytest.raises(NotApplicable, match="fp32 and bf16"):
-        measured(bench(shared, subjects, "tied", Topology(), precision="fp16"))
 
 
 def test_a_floor_is_at_least_typical_of_its_kind() -> None:

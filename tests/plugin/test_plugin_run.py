@@ -194,7 +194,9 @@ def test_unknown_model_fails_at_once(run: Run) -> None:
 def test_wrong_values_fail_at_once(run: Run, model: Path) -> None:
     result = run(f"--model={model}", "--tp=x", "--precision=bf61")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --tp: expected a whole number *", "--precision: expected fp32 or bf16, *"])
+    result.stderr.fnmatch_lines(
+        ["ERROR: --tp: expected a whole number *", "--precision: expected fp32 or bf16 or fp8-delayed *"]
+    )
     result = run("--tp=2")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --tp: no effect without --model; add --model NAME"])

@@ -16,7 +16,7 @@ from parity.observation.activations import reached, yardstick
 from parity.observation.decoding import Decoded, Prompt, References, Text
 
 SEEDS = range(5)
-NOISE, WRONG = 0.01, 5.0
+NOISE, WRONG = 0.01, 6.0
 """Of a bfloat16 logit, and how many times as far a wrong token is."""
 SHAPE = (2, 32, 512)
 TEXT = (2, 24, 512)

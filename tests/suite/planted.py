@@ -254,7 +254,7 @@ FAULTS = (
     ),
     Fault(
         name="vocabulary behind its padding",
-        edits=(Edit(file=LLAMA, old="[vocab (zero pad)]", new="[(zero pad) vocab]", times=4),),
+        edits=(Edit(file=LLAMA, old="[vocab (zero pad)]", new="[(zero pad) vocab]", times=10),),
         red=CANCELS,
         words=(
             "embedding.word_embeddings.weight",
@@ -279,8 +279,9 @@ FAULTS = (
         edits=(
             Edit(
                 file=LLAMA,
-                old='rule("down", hf=LAYER + "mlp.down_proj.weight: hidden ffn", '
-                'megatron=FC2 + "weight: hidden ffn/tp"),',
+                old='        rule(\n            "down",\n            hf=LAYER + "mlp.down_proj.weight: hidden ffn",\n'
+                '            megatron=FC2 + "weight: hidden ffn/tp",\n'
+                '            te=TE_MLP + "fc2_weight: hidden ffn/tp",\n        ),\n',
                 new="",
             ),
         ),
