@@ -1,7 +1,8 @@
 """Checkpoints of one model in several formats: Hugging Face, Megatron-Core, Transformer Engine, and FP8.
 
-`plan` and `explain` say what a conversion does, from configs alone. `convert` writes a folder in another format,
-`quantize` and `dequantize` write one in FP8 and back.
+`import` and `export` bring a Hugging Face folder into a Megatron checkpoint and back, `convert` writes a folder in any
+other format, `reshard` writes it in other files, and `verify` compares two. `quantize` and `dequantize` write one in
+FP8 and back. `plan` and `explain` say what a conversion does, from configs alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from converters import conversion
+from converters.commands import folders, verify
 from converters.errors import ConversionError, PlanError, TopologyError
 from converters.models import Family, family_of
 from converters.plan import Plan
@@ -26,7 +27,7 @@ from converters.topology import Mesh, Topology
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 T = TypeVar("T")
-COLUMNS = ("hf", "megatron", "megatron_local", "te")
+COLUMNS = ("hf", "megatron", "megatron_local", "megatron_dist", "te")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("key", help="a tensor of either side, or one element of it: 'lm_head.weight[3, 5]'")
             sub.add_argument("--rank", type=int, help="as held by this global rank (default: whole tensors)")
             sub.add_argument("--chunk", type=int, default=0, help="model chunk of that rank")
-    conversion.register(commands)
+    folders.register(commands)
+    verify.register(commands)
     quantized.register(commands)
     return parser
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, listing
+from converters.files import place
+from converters.files.links import outside
 
 NOT_CARRIED = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 """Weights in any format, and pickles."""
@@ -33,10 +34,13 @@ def carried(folder: Path, *, code: bool = False) -> list[Path]:
 
     Returns:
         Paths relative to `folder`.
+
+    Raises:
+        CheckpointError: Links that lead out of the folder: who wrote it may not choose what is read here.
     """
     patterns = NOT_CARRIED if code else (*NOT_CARRIED, "*.py")
     found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [
+    kept = [
         path
         for path in found
         if path != Path("config.json")
@@ -44,6 +48,13 @@ def carried(folder: Path, *, code: bool = False) -> list[Path]:
         and not any(fnmatch(path.name, pattern) for pattern in patterns)
         and not any(part.startswith(".") or part in NOT_ENTERED for part in path.parts)
     ]
+    astray = [f"{path} -> {there}" for path in kept if (there := outside(folder / path, folder))]
+    if astray:
+        raise CheckpointError(
+            listing(f"{folder}: links that lead out of it, to files that would be copied", astray)
+            + "\nReplace them by the files, or remove them"
+        )
+    return kept
 
 
 def patched(config: Mapping[str, Any], changes: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> str:
@@ -86,15 +97,7 @@ def begin(target: Path, *, overwrite: bool = False) -> Path:
     Raises:
         CheckpointError: `target` exists and may not be replaced, or its parent cannot be written.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise CheckpointError(
-            f"{target} is a {'link' if target.is_symlink() else 'file'}, expected a folder or nothing"
-        )
-    if target.exists() and not overwrite:
-        raise CheckpointError(
-            f"{target} exists already; choose another folder, or allow it to be replaced (--overwrite, in Python "
-            "overwrite=True)"
-        )
+    place.check_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -104,28 +107,8 @@ def begin(target: Path, *, overwrite: bool = False) -> Path:
 
 def commit(partial: Path, target: Path) -> None:
     """Put a finished folder in its place: its files and itself on disk first, the rename last."""
-    for path in (*partial.rglob("*"), partial):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
     partial.chmod(0o755)
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
-        try:
-            target.rename(aside / target.name)
-            partial.rename(target)
-        except BaseException:
-            if (aside / target.name).exists():
-                (aside / target.name).rename(target)
-            aside.rmdir()
-            raise
-        shutil.rmtree(aside)
-    else:
-        partial.rename(target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    place.sync_tree(partial)
+    old = place.put(partial, target, partial.with_suffix(".replaced"))
+    if old is not None:
+        shutil.rmtree(old)

@@ -22,10 +22,15 @@ from converters.plan import Plan
 from converters.sources import Source, resolve
 from converters.stores import safetensors
 from converters.stores.modules import ModuleStore
+from converters.tensors import check_tensors
 from converters.topology import Mesh
 
 if TYPE_CHECKING:
+    from converters.convert import Conversion
     from converters.megatron.provider import GPTModelProvider
+
+OF_A_MODEL = ("device_map", "attn_implementation", "low_cpu_mem_usage")
+"""Arguments of `from_pretrained` that say how a model is built."""
 
 
 class AutoBridge:
@@ -94,6 +99,97 @@ class AutoBridge:
         except ConversionError:
             return False
         return True
+
+    @classmethod
+    def import_ckpt(
+        cls,
+        hf_model_id: str | Path,
+        megatron_path: str | Path,
+        *,
+        low_memory_save: bool = False,
+        overwrite: bool = False,
+        stacked: bool = True,
+        show_progress: bool = True,
+        **kwargs: Any,
+    ) -> Conversion:
+        """Write a Hugging Face checkpoint as a Megatron one, file to file: no model is built, on any device.
+
+        Args:
+            hf_model_id: Folder or hub id.
+            megatron_path: The folder to make.
+            low_memory_save: Has no effect: it never takes more than some megabytes.
+            overwrite: Replace the target where it exists.
+            stacked: Layers stacked in one tensor each, or a tensor for each layer (`hetereogenous_dist_checkpoint`).
+            show_progress: Draw a bar on standard error where it takes long.
+            **kwargs: Of `from_hf_pretrained` there and here: `torch_dtype` or `dtype` (round every tensor to it),
+                `revision`, `token`, `trust_remote_code`; `device_map`, `attn_implementation` and `low_cpu_mem_usage`
+                say how a model would be built, and have no effect. All others are those of
+                `converters.convert.convert_folder`.
+
+        Raises:
+            ConversionError: As `converters.convert.convert_folder`.
+
+        Source: NVIDIA-NeMo/Megatron-Bridge, models/conversion/auto_bridge.py `AutoBridge.import_ckpt` (its parameters).
+        """
+        from converters.convert import convert_folder
+
+        options = {name: value for name, value in kwargs.items() if name not in OF_A_MODEL}
+        dtype = options.pop("torch_dtype", options.pop("dtype", None))
+        if isinstance(dtype, torch.dtype):
+            dtype = execute.name_of(dtype)
+        return convert_folder(
+            hf_model_id,
+            megatron_path,
+            source_column="hf",
+            target_column="megatron",
+            dtype=None if dtype == "auto" else dtype,
+            overwrite=overwrite,
+            stacked=stacked,
+            quiet=not show_progress,
+            **options,
+        )
+
+    def export_ckpt(
+        self,
+        megatron_path: str | Path,
+        hf_path: str | Path,
+        show_progress: bool = True,
+        strict: bool = True,
+        source_path: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> Conversion:
+        """Write a Megatron checkpoint as a Hugging Face one, file to file: no model is built, on any device.
+
+        Config, tokenizer, the other files, and which tensors lie in which file are those of this bridge's model.
+
+        Args:
+            megatron_path: The checkpoint, or one of its iterations.
+            hf_path: The folder to make.
+            show_progress: Draw a bar on standard error where it takes long.
+            strict: Every tensor of the model must be there, and no other. There is no other way: `False` has no effect.
+            source_path: Another model to take config and files from.
+            overwrite: Replace the target where it exists.
+            **options: Those of `converters.convert.convert_folder`: `iteration`, `dtype`, `max_shard_size`, ...
+
+        Raises:
+            ConversionError: As `converters.convert.convert_folder`.
+
+        Source: NVIDIA-NeMo/Megatron-Bridge, models/conversion/auto_bridge.py `AutoBridge.export_ckpt` (its parameters).
+        """
+        from converters.convert import convert_folder
+
+        return convert_folder(
+            megatron_path,
+            hf_path,
+            source_column="megatron",
+            target_column="hf",
+            like=self.source if source_path is None else source_path,
+            quiet=not show_progress,
+            overwrite=overwrite,
+            **{"trust_remote_code": self.trust_remote_code, **options},
+        )
 
     @property
     def weights(self) -> safetensors.SafetensorsFolder:
@@ -164,7 +260,7 @@ class AutoBridge:
     def _load(self, model: Sequence[torch.nn.Module], provider: GPTModelProvider, cast: bool) -> list[Transfer]:
         plan = self.plan(provider)
         # What a rank does not read must be there as well: the checkpoint is held against the whole plan.
-        execute.check_tensors(plan.source_tensors, self.weights.tensors(), str(self.source.folder))
+        check_tensors(plan.source_tensors, self.weights.tensors(), str(self.source.folder))
         out = []
         for chunk, mesh in zip(_bare(model), _meshes(provider), strict=True):
             part = plan.restrict(target=mesh)
@@ -190,7 +286,7 @@ class AutoBridge:
         device = next(model[0].parameters()).device
         copies = [(plan, store, _by_target(plan)) for plan, store in parts]
         for key, shape in whole.target_tensors.items():
-            tensor = torch.zeros(shape, dtype=dtypes[key], device=device)
+            tensor = torch.zeros(shape, dtype=execute.dtype_of(dtypes[key]), device=device)
             for _, store, by_target in copies:
                 for copy in by_target.get(key, ()):
                     if copy.kind != "verify" and not copy.source_replica:
@@ -229,7 +325,7 @@ class AutoBridge:
             self.plan(provider).inverse(),
             self._parts(model, padding),
             config=lambda: self.hf_config(provider),
-            like=self.weights.shards() if self.source.folder else None,
+            like=self.weights.files.pattern if self.source.folder else None,
             carry_from=self.source.folder,
             code=self.trust_remote_code,
             overwrite=overwrite,

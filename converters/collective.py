@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from converters.errors import CheckpointError, ConversionError, listing
+from converters.errors import CheckpointError, ConversionError, TopologyError, listing
 
 T = TypeVar("T")
 
@@ -23,12 +23,40 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def everyone(own: T) -> list[T]:
-    """What every rank passed, in rank order."""
+def members(group: dist.ProcessGroup | None = None) -> tuple[int, ...]:
+    """The global ranks of a group, by default of all processes.
+
+    Raises:
+        TopologyError: This process is not one of them.
+    """
+    if not several():
+        return (0,)
+    found = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+    if rank() not in found:
+        raise TopologyError(f"rank {rank()} is not in the process group, whose ranks are {list(found)}")
+    return found
+
+
+def device_of(group: dist.ProcessGroup | None, held: set[str]) -> torch.device:
+    """Where what a group sends must be, for tensors on devices of the types `held`, on any of its ranks.
+
+    The GPU where tensors are on one and the group has NCCL for it, or has nothing else; else the host, since gloo sends
+    from no GPU.
+    """
+    if not several():
+        return torch.device("cuda" if "cuda" in held else "cpu")
+    backends = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(","))
+    if backends.get("cuda") == "nccl" and ("cuda" in held or "cpu" not in backends):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def everyone(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank passed, in rank order; of a group, in its order."""
     if not several():
         return [own]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, own, group=group)
     return found
 
 
@@ -62,7 +90,7 @@ def on_first(step: Callable[[], T]) -> T:
     return result
 
 
-def merged_dtypes(own: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+def merged_dtypes(own: Mapping[str, str]) -> dict[str, str]:
     """The dtypes that any rank knows, by tensor."""
     return {key: dtype for theirs in everyone(dict(own)) for key, dtype in theirs.items()}
 

@@ -1,30 +1,35 @@
-"""A checkpoint folder from one column to another, one destination tensor at a time, complete or not at all.
+"""A checkpoint folder into another format or layout: file to file, one destination in memory at a time, whole or not.
 
-Columns that are folders of safetensors convert here; Megatron-Core's need a mesh of ranks, and `AutoBridge`.
+No model is built and no process group is needed; under torchrun every rank writes its own byte ranges.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from converters import artefacts, execute, export
+from converters import targets
 from converters.checkpoint import Checkpoint
-from converters.conversion import COLUMNS, DTYPES
 from converters.errors import CheckpointError, ConversionError
-from converters.execute import TensorInfo
-from converters.plan import Plan
-from converters.stores import safetensors
+from converters.files import fingerprint
+from converters.files.extents import Chunk
+from converters.files.pending import Pending
+from converters.progress import Progress, speaks
+from converters.sources import Source
+from converters.tensors import TensorInfo
 
-SOON = 1.0  # seconds of work after which a progress bar is worth its line
+if TYPE_CHECKING:
+    from converters.files.iterations import Iteration
+    from converters.files.megatron_folder import Layers
+    from converters.files.stream import Written
+
+COLUMNS = ("hf", "te", "megatron")
+"""What a person may ask for; the layout of Megatron's keys is an option of its own."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +43,17 @@ class Conversion:
         tensors: Tensors read, and written.
         bytes: Of the weights written.
         seconds: Wall time.
+        resumed: Of the bytes, those that an interrupted run had written before.
         dtype: What all was rounded to, or `None`: every bit was kept.
         constants: Elements that only one side has and that are zero, written or verified.
         dropped: For each tensor that went nowhere, the reason.
         options: The target's fields that the source's config lacks.
         let_go: The source's fields that the target's config cannot say, where they were not at their defaults.
         carried: The other files, taken over byte for byte.
+        left_alone: What the source holds besides weights, with the reason.
+        nonfinite: For each tensor written that holds NaN or infinities, how many; they are kept.
+        notices: What else a person should hear of.
+        written: Every chunk of the target with its digest, in the order of the files.
     """
 
     source: Path
@@ -52,12 +62,17 @@ class Conversion:
     tensors: tuple[int, int]
     bytes: int
     seconds: float
+    resumed: int = 0
     dtype: str | None = None
     constants: int = 0
     dropped: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     let_go: Mapping[str, str] = field(default_factory=dict)
     carried: tuple[Path, ...] = ()
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    written: tuple[Written, ...] = ()
 
 
 def convert_folder(
@@ -65,137 +80,151 @@ def convert_folder(
     target: str | Path,
     *,
     source_column: str | None = None,
-    target_column: str,
+    target_column: str | None,
     dtype: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     quiet: bool = True,
     options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    like: str | Path | Source | None = None,
+    iteration: Iteration | None = None,
+    stacked: bool | None = None,
+    padded_vocab_size: int | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    tp: int = 1,
+    layers: Layers | None = None,
+    max_shard_size: int | None = None,
+    digests: str | Path | None = None,
+    workers: int | None = None,
 ) -> Conversion:
     """Convert a checkpoint folder. Without `dtype`, every bit of every weight is kept; every other file always is.
 
     Args:
-        source: A folder, or a hub id.
+        source: A folder of any format, or a hub id.
         target: The folder to make. It appears when it is complete, or not at all.
-        source_column: The column of the source; by default the one that its config names.
-        target_column: `hf` or `te`.
-        dtype: `float32` or `bfloat16`: round every tensor to it, and have the config say so.
+        source_column: What the source must be; by default whatever it is.
+        target_column: `hf`, `te` or `megatron`; `None` keeps the source's and changes how it lies in files.
+        dtype: `float32`, `bfloat16` or `float16`: round every tensor to it, and have the config say so.
         overwrite: Replace the target where it exists.
+        resume: Finish what an interrupted run of the same conversion has left; what it wrote is held against its
+            checksums first.
         quiet: No progress bar.
         options: For `te`, fields of its config: `attn_input_format`, `layer_precision`, ...
         trust_remote_code: Carry the source's Python files over.
+        revision: Branch, tag or commit of a hub id.
+        token: Access token for the hub.
+        like: The Hugging Face model (folder or hub id) of a Megatron checkpoint: its config, the other files, and which
+            tensors lie in which file. By default what the checkpoint carries.
+        iteration: Of a Megatron source with several. A Megatron target has the source's, or 0.
+        stacked: Of a Megatron target: layers stacked in one tensor each (the default), or a tensor for each layer, as
+            with `hetereogenous_dist_checkpoint`.
+        padded_vocab_size: Rows of a Megatron target's embedding; by default the source's.
+        make_vocab_size_divisible_by: The same, as Megatron-LM computes it: of this times `tp`.
+        tp: Tensor-parallel ranks that the padding is for; the checkpoint itself loads at any.
+        layers: Whose layers will load a Megatron target, `te` (the default) or `local`: those demand one state more
+            besides weights, which these refuse under `strict="raise_all"`.
+        max_shard_size: Most bytes of tensors in one file of safetensors; by default files are as the source's were.
+        digests: A JSON file to write: a digest of every tensor of the target.
+        workers: Threads that write.
 
     Raises:
-        SourceError: No such model, or no safetensors weights.
+        SourceError: No such model, or no weights.
         ConfigError: A model that the target's column cannot have.
         CheckpointError: Files or tensors that are not what the config promises, a target that exists or cannot be
             written, or a value that must be equal and is not.
     """
+    from converters.files.stream import stream
+
     began, target = time.monotonic(), Path(target).absolute()
     for column in (source_column, target_column):
         if column not in (None, *COLUMNS):
-            raise ConversionError(
-                f"{column!r} is no column of checkpoint folders ({', '.join(COLUMNS)}): Megatron-Core's weights live "
-                "on a mesh of ranks, see converters.bridge.AutoBridge"
-            )
+            raise ConversionError(f"{column!r} is no column of checkpoint folders, expected {', '.join(COLUMNS)}")
     if dtype not in (None, *DTYPES):
-        raise ConversionError(f"dtype {dtype!r}, expected {' or '.join(DTYPES)}")
-    checkpoint = Checkpoint.open(source, column=source_column, trust_remote_code=trust_remote_code)
-    if checkpoint.column == target_column:
-        raise ConversionError(f"{source} is in the {target_column!r} column already: there is nothing to convert")
-    if target.resolve() == checkpoint.folder.resolve():
-        raise CheckpointError(f"{target} is the source itself; choose another folder for the result")
-    config = _config(checkpoint, target_column, options, dtype).encode()
-    plan = checkpoint.plan(target_column)
-    execute.check_tensors(plan.source_tensors, checkpoint.tensors, str(checkpoint.folder))
-    check_frequencies(checkpoint)
-    infos = _infos(plan, checkpoint.tensors)
-    if dtype is not None:
-        infos = {key: TensorInfo(info.shape, getattr(torch, dtype)) for key, info in infos.items()}
-    files = safetensors.lay_out(infos, _like(plan, checkpoint.files.shards()))
-    code = trust_remote_code
-    partial = export.prepare(target, files, config, carry_from=checkpoint.folder, code=code, overwrite=overwrite)
-    try:
-        with _progress(sum(file.size for file in files), quiet=quiet) as written:
-            execute.run(
-                plan,
-                checkpoint.weights,
-                safetensors.MappedFiles(partial, files),
-                cast=dtype is not None,
-                where=str(checkpoint.folder),
-                written_bytes=written,
-            )
-        artefacts.commit(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise ConversionError(f"dtype {dtype!r}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    checkpoint = Checkpoint.open(
+        source,
+        column=source_column,
+        iteration=iteration,
+        like=like,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    if checkpoint.kind == target_column and not (checkpoint.kind == "hf" and checkpoint.megatron is not None):
+        raise ConversionError(
+            f"{source} is in the {target_column!r} column already: there is nothing to convert. Another number of "
+            "files or layout of keys: python -m converters reshard (in Python target_column=None)"
+        )
+    checkpoint.check()
+    made = targets.lay_out(
+        checkpoint,
+        target_column or checkpoint.kind,
+        dtype=dtype,
+        options=options,
+        code=trust_remote_code,
+        stacked=stacked,
+        padded_vocab_size=padded_vocab_size,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        tp=tp,
+        layers=layers,
+        max_shard_size=max_shard_size,
+    )
+    total = sum(info.nbytes for info in made.infos.values())
+    same = fingerprint.of_sources(
+        {extent.file for _, files in made.parts for key in files.tensors() for extent in files.extents(key)},
+        column=made.column,
+        dtype=dtype,
+    )
+    with (
+        Progress("converting", total, quiet=quiet) as progress,
+        Pending.begin(
+            target,
+            made.layout,
+            fingerprint=same,
+            sources=[checkpoint.folder],
+            overwrite=overwrite,
+            resume=resume,
+            report=progress.advance,
+        ) as pending,
+    ):
+        for written in stream(
+            made.parts,
+            pending.missing(),
+            pending.folder,
+            cast=dtype is not None,
+            report=progress.advance,
+            **({} if workers is None else {"workers": workers}),
+        ):
+            pending.note(written)
+        pending.commit()
     state = "a state of quantisation, which belongs to a run and not to the weights"
-    return Conversion(
+    plans = [plan for plan, _ in made.parts]
+    done = Conversion(
         source=checkpoint.folder,
         target=target,
-        columns=(checkpoint.column, target_column),
-        tensors=(len(checkpoint.files.tensors()), len(infos)),
-        bytes=sum(file.size for file in files),
+        columns=(checkpoint.kind, target_column or checkpoint.kind),
+        tensors=(len(checkpoint.files.tensors()), len(made.infos)),
+        bytes=total,
         seconds=time.monotonic() - began,
+        resumed=pending.resumed,
         dtype=dtype,
-        constants=sum(part.elements for part in (*plan.fills, *plan.constants)),
-        dropped=dict(plan.drops) | dict.fromkeys(checkpoint.extra_states, state),
-        options=_options(checkpoint, target_column, options),
-        let_go=_let_go(checkpoint),
-        carried=tuple(artefacts.carried(checkpoint.folder, code=code)),
+        constants=sum(part.elements for plan in plans for part in (*plan.fills, *plan.constants)),
+        dropped={key: why for plan in plans for key, why in plan.drops.items()}
+        | dict.fromkeys(checkpoint.extra_states, state),
+        options=_options(checkpoint, made.column, options),
+        let_go=_let_go(checkpoint, made.column),
+        carried=made.carried,
+        left_alone=checkpoint.files.left_alone,
+        nonfinite=_nonfinite(pending.written),
+        notices=(*checkpoint.remarks, *pending.notices),
+        written=tuple(pending.written),
     )
-
-
-def check_frequencies(checkpoint: Checkpoint) -> None:
-    """Hold the rotary frequencies that a TE checkpoint stores against those of its config.
-
-    Raises:
-        CheckpointError: Others: without them, the converted model would turn by other angles.
-    """
-    if "stored_te_inv_freq" not in checkpoint.stored:
-        return
-    from converters.megatron.rope import frequencies_of_fields
-
-    stored = checkpoint.weights.tensor("model.rotary_emb.inv_freq")
-    expected = frequencies_of_fields(checkpoint.hf)
-    if stored.shape != expected.shape or not torch.equal(stored, expected.to(stored.dtype)):
-        raise CheckpointError(
-            f"{checkpoint.folder}: model.rotary_emb.inv_freq is not what the config's rope fields give, and no other "
-            "format stores frequencies. Correct rope_theta and rope_parameters in config.json, or remove the tensor"
-        )
-
-
-def _config(checkpoint: Checkpoint, column: str, options: Mapping[str, Any] | None, dtype: str | None) -> str:
-    text = checkpoint.config_text(column, options)
-    if dtype in (None, checkpoint.hf["dtype"]):
-        return text
-    return artefacts.patched(json.loads(text), {"dtype": dtype}, {"dtype": ("dtype", "torch_dtype")})
-
-
-def _infos(plan: Plan, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Shape and dtype of each target tensor."""
-    dtypes = {copy.target.key: held[copy.source.key].dtype for copy in plan.copies if copy.kind != "verify"}
-    return {
-        key: TensorInfo(shape, dtypes[key] if key in dtypes else export.fill_dtype(key, dtypes))
-        for key, shape in plan.target_tensors.items()
-    }
-
-
-def _like(plan: Plan, shards: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The target's tensors by file: where the source has the first element of each. In order of names, as published."""
-    where = {key: file for file, keys in shards.items() for key in keys}
-    found: dict[str, str] = {}
-    for key, copies, _ in plan.by_target():
-        moved = [copy for copy in copies if copy.kind != "verify"]
-        if moved:
-            found[key] = where[min(moved, key=lambda copy: copy.target.offset).source.key]
-    for key in plan.target_tensors:
-        if key not in found:
-            found[key] = found[key.removesuffix("bias") + "weight"]  # a bias of zeros
-    out: dict[str, list[str]] = {file: [] for file in shards}
-    for key in sorted(found):
-        out[found[key]].append(key)
-    return {file: keys for file, keys in out.items() if keys}
+    if digests is not None and speaks():
+        _write_digests(Path(digests), done, made.infos, made.layout.chunks)
+    return done
 
 
 def _options(checkpoint: Checkpoint, column: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -203,9 +232,9 @@ def _options(checkpoint: Checkpoint, column: str, options: Mapping[str, Any] | N
     return dialect.read({**checkpoint.config, **(options or {})}) if dialect else {}
 
 
-def _let_go(checkpoint: Checkpoint) -> dict[str, str]:
+def _let_go(checkpoint: Checkpoint, column: str) -> dict[str, str]:
     dialect = checkpoint.family.dialect(checkpoint.column)
-    if dialect is None:
+    if dialect is None or column == checkpoint.column:
         return {}
     found = dialect.read(checkpoint.source.config)
     return {
@@ -215,33 +244,34 @@ def _let_go(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A callable that is told how many bytes were written; it draws a bar once the work is long."""
-    if quiet:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def _nonfinite(written: Iterable[Written]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for chunk in written:
+        if chunk.nonfinite:
+            found[chunk.key] = found.get(chunk.key, 0) + chunk.nonfinite
+    return found
 
-    began = time.monotonic()
-    columns = (
-        TextColumn("converting"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task("", total=total)
 
-    def written(count: int) -> None:
-        progress.advance(task, count)
-        if not progress.live.is_started and time.monotonic() - began > SOON:
-            progress.start()
+def _write_digests(path: Path, done: Conversion, infos: Mapping[str, TensorInfo], chunks: Sequence[Chunk]) -> None:
+    """A digest of the bytes of every tensor, of a stacked one for each of its boxes.
 
+    Raises:
+        CheckpointError: The file cannot be written; the checkpoint is complete.
+    """
+    boxes = {(str(chunk.extent.file), chunk.extent.offset, chunk.key): chunk.extent for chunk in chunks}
+    tensors: dict[str, dict[str, Any]] = {
+        key: {"dtype": info.dtype, "shape": list(info.shape), "boxes": []} for key, info in sorted(infos.items())
+    }
+    for chunk in done.written:
+        box = boxes[str(chunk.file), chunk.offset, chunk.key]
+        tensors[chunk.key]["boxes"].append(
+            {"starts": list(box.starts), "shape": list(box.shape), "digest": chunk.digest, "nonfinite": chunk.nonfinite}
+        )
+    account = {"digest": "XXH3-128 of the bytes, row-major", "column": done.columns[1], "tensors": tensors}
     try:
-        yield written
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(account, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{done.target} is complete, but its digests cannot be written to {path}: {error}"
+        ) from error

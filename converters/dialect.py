@@ -77,7 +77,8 @@ class Dialect:
         """Whether a config is of this dialect."""
         if config.get("model_type") == self.model_type:
             return True
-        classes = [name for name in config.get("architectures") or () if isinstance(name, str)]
+        named = config.get("architectures")
+        classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         own = any(name.lower().startswith(self.model_type) for name in classes)
         return config.get("model_type") == self.known_as and (own or any(o.name in config for o in self.options))
 

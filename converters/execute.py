@@ -12,19 +12,12 @@ from typing import Protocol
 
 import torch
 
-from converters.errors import CheckpointError, listing, near
+from converters.errors import CheckpointError, listing
 from converters.plan import Copy, Fill, Plan, Region
+from converters.tensors import FLOATS, TensorInfo, check_tensors
 from converters.values import Cast
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Store(Protocol):
@@ -79,6 +72,17 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """`torch.bfloat16` for `bfloat16`."""
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def info_of(tensor: torch.Tensor) -> TensorInfo:
+    """A tensor's shape and dtype."""
+    return TensorInfo(tuple(tensor.shape), name_of(tensor.dtype))
+
+
 def view(tensor: torch.Tensor, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
     """The elements of `region` in `tensor` (contiguous), as a view of `shape`."""
     return tensor.as_strided(shape, region.strides, tensor.storage_offset() + region.offset)
@@ -123,33 +127,10 @@ def constant_faults(constants: Iterable[Fill], read: Callable[[str], torch.Tenso
     return out
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo], where: str, allowed: Iterable[str] = ()
-) -> None:
-    """Compare the tensors that a plan knows with those that a store holds.
-
-    Raises:
-        CheckpointError: Missing, unexpected or misshapen tensors; all of them.
-    """
-    problems = []
-    missing = [key + near(key, set(found) - set(expected)) for key in expected if key not in found]
-    unexpected = set(found) - set(expected) - set(allowed)
-    shapes = [
-        f"{key}: expected {list(shape)}, found {list(found[key].shape)}"
-        for key, shape in expected.items()
-        if key in found and tuple(found[key].shape) != tuple(shape)
-    ]
-    for title, names in (("missing", missing), ("that nothing maps", unexpected), ("of another shape", shapes)):
-        if names:
-            problems.append(listing(f"tensors {title}", names))
-    if problems:
-        raise CheckpointError("\n".join([f"{where} does not hold what its config promises:", *problems]))
-
-
 def casts_of(plan: Plan, source: Mapping[str, TensorInfo], target: Mapping[str, TensorInfo]) -> dict[str, Cast]:
     """The target tensors whose dtype is not that of what they are made of."""
     return {
-        copy.target.key: Cast(name_of(source[copy.source.key].dtype), name_of(target[copy.target.key].dtype))
+        copy.target.key: Cast(source[copy.source.key].dtype, target[copy.target.key].dtype)
         for copy in plan.copies
         if source[copy.source.key].dtype != target[copy.target.key].dtype
     }
@@ -179,7 +160,7 @@ def refuse_kinds(casts: Mapping[str, Cast]) -> None:
     wrong = [
         f"{key}: {cast.source} -> {cast.target}"
         for key, cast in casts.items()
-        if getattr(torch, cast.source).is_floating_point != getattr(torch, cast.target).is_floating_point
+        if (cast.source in FLOATS) != (cast.target in FLOATS)
     ]
     if wrong:
         raise CheckpointError(

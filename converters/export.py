@@ -11,10 +11,13 @@ import torch
 
 from converters import artefacts, collective, execute
 from converters.errors import CheckpointError, ConfigError, ConversionError
-from converters.execute import Store, TensorInfo
+from converters.execute import Store
+from converters.files.extents import FolderLayout
+from converters.files.safetensors import Pattern, lay_out
 from converters.plan import Plan
 from converters.stores import safetensors
 from converters.stores.modules import ModuleStore
+from converters.tensors import TensorInfo, check_tensors
 from converters.topology import Mesh
 
 Part = tuple[Plan, Store]
@@ -47,7 +50,7 @@ def parts_of(
     for chunk, mesh in held:
         try:
             plan, store = whole.restrict(source=mesh), stored(chunk)
-            execute.check_tensors(plan.source_tensors, store.tensors(), f"the model at {mesh.coord}")
+            check_tensors(plan.source_tensors, store.tensors(), f"the model at {mesh.coord}")
             if padding == "verify":
                 faults += [
                     f"{fault}; if training changed it, export with padding='drop'"
@@ -60,7 +63,7 @@ def parts_of(
     return parts
 
 
-def dtypes_of(parts: Sequence[Part]) -> dict[str, torch.dtype]:
+def dtypes_of(parts: Sequence[Part]) -> dict[str, str]:
     """The dtype of each exported tensor: that of the parameter that it moves from, on whichever rank. Collective."""
     own = {
         copy.target.key: store.tensors()[copy.source.key].dtype
@@ -77,7 +80,7 @@ def save(
     parts: Sequence[Part],
     *,
     config: Callable[[], bytes],
-    like: Mapping[str, Iterable[str]] | None = None,
+    like: Pattern | None = None,
     carry_from: Path | None = None,
     code: bool = False,
     overwrite: bool = False,
@@ -89,7 +92,7 @@ def save(
         whole: The plan from the model to the folder's column.
         parts: This rank's, from `parts_of`.
         config: Makes the bytes of config.json; called on the first rank.
-        like: Keys of each file of a checkpoint to follow.
+        like: How a checkpoint to follow is laid out.
         carry_from: The folder whose other files are taken over.
         code: Take Python files too.
         overwrite: Replace the target where it exists.
@@ -100,7 +103,7 @@ def save(
     dtypes = dtypes_of(parts)
     filled = {key: dtype for key, dtype in _fill_dtypes(whole, dtypes).items() if key not in dtypes}
     infos = {key: TensorInfo(shape, (dtypes | filled)[key]) for key, shape in whole.target_tensors.items()}
-    files = safetensors.lay_out(infos, like)
+    files = lay_out(infos, like=like)
     partial = Path(
         collective.on_first(
             lambda: str(prepare(target, files, config(), carry_from=carry_from, code=code, overwrite=overwrite))
@@ -117,7 +120,7 @@ def save(
 
 def prepare(
     target: Path,
-    files: Sequence[safetensors.FileLayout],
+    files: FolderLayout,
     config: bytes,
     *,
     carry_from: Path | None = None,
@@ -140,13 +143,13 @@ def prepare(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            size = sum(file.size for file in files)
+            size = sum(files.sizes.values())
             raise CheckpointError(f"cannot write {size:,} bytes of weights beside {target}: {error}") from error
         raise
     return partial
 
 
-def fill_dtype(key: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+def fill_dtype(key: str, dtypes: Mapping[str, str]) -> str:
     """The dtype of a tensor that is all constants: a bias has that of its weight.
 
     Raises:
@@ -158,11 +161,11 @@ def fill_dtype(key: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     return dtypes[weight]
 
 
-def _fill_dtypes(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+def _fill_dtypes(plan: Plan, dtypes: Mapping[str, str]) -> dict[str, str]:
     return {key: fill_dtype(key, dtypes) for key in plan.target_tensors if key not in dtypes}
 
 
-def _write(partial: Path, files: Sequence[safetensors.FileLayout], parts: Sequence[Part]) -> None:
+def _write(partial: Path, files: FolderLayout, parts: Sequence[Part]) -> None:
     faults: list[str] = []
     try:
         mapped = safetensors.MappedFiles(partial, files)

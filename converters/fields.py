@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from reprlib import repr as brief
 from typing import Any
 
 from converters.errors import ConfigError, listing, near
 from converters.rows import ABSENT, Config, Dropped, Entry, Row, Switch
+
+MOST = 2**31 - 1
+"""Of anything that a config counts."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,8 @@ class FieldTable:
                 problems.append(f"{known.name} is spelled twice and differently: {spelled}")
             if spelled:
                 found[known.name] = next(iter(spelled.values()))
-                if type(known.default) in (int, float, bool) and not _like(found[known.name], known.default):
-                    problems.append(f"{known.name}={found[known.name]!r}, expected a {type(known.default).__name__}")
+                if wanted := _misfit(found[known.name], known.default):
+                    problems.append(f"{known.name}={brief(found[known.name])}, expected {wanted}")
             elif known.default is ABSENT:
                 problems.append(f"{known.name} is missing (expected at {' or '.join(known.paths)})")
             else:
@@ -113,7 +117,7 @@ class FieldTable:
         for name, default in defaulted.items():
             try:
                 defaulted[name] = found[name] = _default(default, {**defaulted, **found})
-            except (ConfigError, TypeError, ZeroDivisionError) as error:
+            except (ConfigError, LookupError, TypeError, ZeroDivisionError) as error:
                 problems.append(f"{name}: {error}")
         consumed = {path for known in self.fields for path in known.paths}
         dropped = [row for row in self.rows if isinstance(row, Dropped) and row.side == "hf"]
@@ -124,7 +128,9 @@ class FieldTable:
             # They may be those of a value that has no case (a rope type): then that is what has to be said.
             switches = [row for row in self.rows if isinstance(row, Switch)]
             problems += [
-                row.refusal(found[row.hf]) for row in switches if row.hf in found and found[row.hf] not in row.cases
+                row.refusal(found[row.hf])
+                for row in switches
+                if row.hf in found and found[row.hf] not in list(row.cases)
             ]
         if problems:
             raise ConfigError("\n".join([f"config of a {self.family} model:", *problems]))
@@ -227,10 +233,19 @@ class FieldTable:
         return Ledger(entries=tuple(entries), **{**sides, **given})
 
 
-def _like(value: Any, default: Any) -> bool:
-    """Whether a value is of its default's type; a whole number is a float as well, a bool is no number."""
-    wanted = (int, float) if isinstance(default, float) else type(default)
-    return isinstance(value, wanted) and isinstance(value, bool) == isinstance(default, bool)
+def _misfit(value: Any, default: Any) -> str:
+    """What a value should be and is not, by its default; a whole number is a float as well, a bool is no number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match default:
+        case bool():
+            return "" if isinstance(value, bool) else "a bool"
+        case int() | Ratio() | Of():
+            return "" if number and isinstance(value, int) and 0 < value <= MOST else f"an int from 1 to {MOST}"
+        case float():
+            return "" if number and abs(value) < float("inf") else "a finite float"
+        case str():
+            return "" if isinstance(value, str) else "a text"
+    return "a single value" if isinstance(value, list | dict) else ""
 
 
 def _default(default: Any, known: Config) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from converters import axes
@@ -23,6 +23,7 @@ from converters.topology import STAGES, Mesh
 
 PATTERN = re.compile(r"^(?P<key>[^\s:@]+(?:\{[^{}]*\}[^\s:@{]*)*)(?:\s+@(?P<stage>[\w-]+))?\s*:(?P<dims>.*)$")
 FIELD = re.compile(r"\{([^{}]*)\}")
+SEGMENT = re.compile(r"^\{[^{}]*\}\.?|\.?\{[^{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,14 @@ class Layout:
         if not self.held(mesh):
             return []
         return [self.name(at) for at in itertools.product(*(range(axes.size(f, sizes, mesh)) for f in self.fields))]
+
+    def stacked(self) -> Layout:
+        """The same elements with the numbers of the key as leading dims, and their segments gone from the key.
+
+        `decoder.layers.{layer/pp}.mlp.linear_fc2.weight: hidden ffn/tp` becomes
+        `decoder.layers.mlp.linear_fc2.weight: layer/pp hidden ffn/tp`.
+        """
+        return replace(self, key=SEGMENT.sub("", self.key), dims=(*self.fields, *self.dims))
 
     def name(self, numbers: tuple[int, ...]) -> str:
         """The key with `numbers` in its braces."""

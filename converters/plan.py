@@ -179,7 +179,7 @@ class Plan:
             key: row.value.reason
             for row in self.rules
             if isinstance(row.value, Drop)
-            for layout in self._layouts(row, self.source)
+            for layout in self.table.layouts(row, self.source)
             for key in layout.keys(self.sizes, self.source_mesh)
         }
 
@@ -190,7 +190,7 @@ class Plan:
             key
             for row in self.rules
             if isinstance(row.value, Tie)
-            for layout in self._layouts(row, self.target)
+            for layout in self.table.layouts(row, self.target)
             for key in layout.keys(self.sizes, self.target_mesh)
         )
 
@@ -270,12 +270,6 @@ class Plan:
         for key in self.target_tensors:
             yield key, copies[key], fills[key]
 
-    def _layouts(self, row: Rule, column: str) -> tuple[Layout, ...]:
-        for name in self.table.resolve(column):
-            if name in row.columns:
-                return row.columns[name]
-        return ()
-
     def _of(self, side: Side) -> tuple[str, Mapping[str, int], Mesh | None]:
         """Column, sizes and place of a side."""
         if side == "source":
@@ -288,7 +282,7 @@ class Plan:
             key: layout.shape(sizes, mesh)
             for row in self.rules
             if dropped or not isinstance(row.value, Drop)
-            for layout in self._layouts(row, column)
+            for layout in self.table.layouts(row, column)
             for key in layout.keys(sizes, mesh)
         }
 
@@ -306,7 +300,7 @@ class Plan:
         for row in self.rules:
             if isinstance(row.value, Tie) and not self._on(row.value.column, column):
                 continue  # the other side of a tie is another rule's tensor, and that rule fills it
-            for layout, cell in self._cells(self._layouts(row, column), side, constant=True):
+            for layout, cell in self._cells(self.table.layouts(row, column), side, constant=True):
                 (marker,) = cell.name & set(self.table.constants)
                 numbered = {axis for box in cell.fields for axis in box.strides}
                 loose = [(axis, range(*cell.ranges[axis])) for axis in sorted(numbered)]
@@ -322,14 +316,14 @@ class Plan:
         return column in self.table.resolve(side)
 
     def _copies(self, row: Rule) -> Iterator[Copy]:
-        sources, targets = self._layouts(row, self.source), self._layouts(row, self.target)
+        sources, targets = self.table.layouts(row, self.source), self.table.layouts(row, self.target)
         if isinstance(row.value, Tie):
             # The second copy is made from where the first is, and held against where the first goes.
             first = self.table.first_copy(row)
             if self._on(row.value.column, self.target):
-                yield from self._pairs(row.name, self._layouts(first, self.source), targets, kind="tie")
+                yield from self._pairs(row.name, self.table.layouts(first, self.source), targets, kind="tie")
             if self._on(row.value.column, self.source):
-                yield from self._pairs(row.name, sources, self._layouts(first, self.target), kind="verify")
+                yield from self._pairs(row.name, sources, self.table.layouts(first, self.target), kind="verify")
         elif isinstance(row.value, Shift):
             stored = [row.value.by * self._on(row.value.column, side) for side in (self.target, self.source)]
             yield from self._pairs(row.name, sources, targets, shift=stored[0] - stored[1])

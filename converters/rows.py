@@ -114,7 +114,7 @@ class Switch:
 
     def forward(self, hf: Config) -> Iterator[Entry]:
         value = hf[self.hf]
-        if value not in self.cases:
+        if value not in list(self.cases):  # a value from a file may be a list, which no mapping can look up
             raise ConfigError(self.refusal(value))
         case = self.cases[value]
         lacking = [row.hf for row in case.rows if isinstance(row, Pair) and hf[row.hf] is None]

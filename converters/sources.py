@@ -181,7 +181,7 @@ def _config_in(folder: Path) -> Config:
         raise SourceError(
             f"no config.json in {folder} (found {found}): expected the folder of a Hugging Face checkpoint"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON ({error}): the file is damaged, fetch or write it again") from None
     if not isinstance(config, dict):
         raise SourceError(f"{path} holds a JSON {type(config).__name__}, expected an object of config fields")
@@ -191,8 +191,7 @@ def _config_in(folder: Path) -> Config:
 def _require_weights(folder: Path, model: str) -> None:
     """Refuse a folder without safetensors weights, or with an index that names files which are not there."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        missing = [name for name in named if not (folder / name).is_file()]
+        missing = [name for name in _named_in(index) if not (folder / name).exists()]
         if missing:
             raise SourceError(listing(f"{index} names weight files that are not in the folder", missing))
     if any(folder.glob("*.safetensors")):
@@ -205,6 +204,15 @@ def _require_weights(folder: Path, model: str) -> None:
         f"{model} has no safetensors weights: {found} in {folder}. Save the model as safetensors, choose a revision "
         "that has them, or use --weights seeded, which needs the config alone"
     )
+
+
+def _named_in(index: Path) -> set[str]:
+    """The files that an index names. What else it says is held against them when they are read."""
+    try:
+        where = json.loads(index.read_text())["weight_map"].values()
+        return {name for name in where if isinstance(name, str) and len(name) < 256 and "\0" not in name}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{index} is no index with a weight_map ({error!r}): fetch or write it again") from None
 
 
 def _unknown(model: str) -> SourceError:

@@ -66,6 +66,8 @@ class Table:
         branches: Axes of size one that only name a branch.
         constants: Branches whose cells hold a constant and exist in one format only.
         features: Every feature that a rule may ask for.
+        stacked: Columns whose tensors, where a rule does not name them, are those of the column that they fall back to
+            with the numbers of a key as leading dims.
         rules: The rows.
 
     Raises:
@@ -79,6 +81,7 @@ class Table:
     rules: tuple[Rule, ...]
     constants: Mapping[str, Constant] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
+    stacked: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         declared = {name for text in self.sizes.values() for cell in axes.cells(self._expr(text)) for name in cell}
@@ -87,6 +90,11 @@ class Table:
             f"column {column!r} falls back to {nearest!r}, which is no column"
             for column, nearest in self.columns.items()
             if nearest is not None and nearest not in self.columns
+        ]
+        problems += [
+            f"column {column!r} is stacked and falls back to no column"
+            for column in sorted(self.stacked)
+            if self.columns.get(column) is None
         ]
         for row in self.rules:
             features = {name.removeprefix("!") for name in row.when}
@@ -152,6 +160,15 @@ class Table:
             chain.append(nearest)
             nearest = self.columns[nearest]
         return chain
+
+    def layouts(self, row: Rule, column: str) -> tuple[Layout, ...]:
+        """The layouts of `row` in `column`, or in the nearest column that it falls back to; none where it has none."""
+        for name in self.resolve(column):
+            if name in row.columns:
+                found = row.columns[name]
+                derived = name != column and column in self.stacked
+                return tuple(layout.stacked() for layout in found) if derived else found
+        return ()
 
     def first_copy(self, tie: Rule) -> Rule:
         """The rule that places the elements of which `tie` states a second copy: away from it, they lie alike.

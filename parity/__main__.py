@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("check", "certify", "report", "golden", "self_test")
+COMMANDS = ("check", "compare", "lint", "certify", "report", "golden", "self_test")
 """Modules of `parity.commands`, in the order of the help text."""
 
 

@@ -1,5 +1,7 @@
 """Safetensors files, read and written as streams of bytes, so that no tensor has to fit in memory.
 
+They are written in the order that the caller gives, which is not the library's: a converter has to follow it.
+
 Source: huggingface/safetensors 0.8.0, README "Format": eight bytes of header length (little-endian), a JSON header of
 `{key: {dtype, shape, data_offsets}}` whose offsets are relative to the header's end, contiguous and in order.
 """
@@ -11,9 +13,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, listing
+from converters.files.safetensors_header import Header
+from converters.tensors import CODE_OF
 
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 _CHUNK = 1 << 24
@@ -50,19 +53,16 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """
     out: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header: dict[str, dict[str, Any]] = json.loads(file.read(length if length < 1 << 27 else 0))
-            for key, info in header.items():
-                if key == "__metadata__":
-                    continue
-                if key in out:
-                    raise CheckpointError(f"{key} is in two files, {out[key].path.name} and {path.name}")
-                start, stop = (8 + length + offset for offset in info["data_offsets"])
-                out[key] = Entry(path=path, dtype=info["dtype"], shape=tuple(info["shape"]), start=start, stop=stop)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file ({error}). Fetch or write it again") from error
+        header = Header.read(path)
+        if header.problems:
+            raise CheckpointError(
+                listing(f"{path} is not a safetensors file. Fetch or write it again", header.problems)
+            )
+        for key, info in header.tensors.items():
+            if key in out:
+                raise CheckpointError(f"{key} is in two files, {out[key].path.name} and {path.name}")
+            start, code = header.offsets[key], CODE_OF[info.dtype]
+            out[key] = Entry(path=path, dtype=code, shape=info.shape, start=start, stop=start + info.nbytes)
     return out
 
 

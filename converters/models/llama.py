@@ -12,6 +12,8 @@ Sources:
         Ghost groups are zeros in every matrix that touches them. They let heads divide over more ranks than they do,
         add exact zeros to the residual stream, and have no gradient, so training leaves them zero.
     megatron_local: the same with the local spec, whose norms are modules of their own.
+    megatron_dist: the same with layers stacked on a leading dim, as a distributed checkpoint has them
+        (transformer/transformer_block.py `sharded_state_dict`, unless `hetereogenous_dist_checkpoint`).
     te: NVIDIA/bionemo-framework 3a9d005, bionemo-recipes/models/llama3/modeling_llama_te.py `NVLlamaForCausalLM`, whose
         layers are `transformer_engine.pytorch.TransformerLayer` with `fuse_qkv_params` and `qkv_weight_interleaved`:
         rows of layernorm_qkv go group by group, as Megatron's do, and fc1 is gate, then up (`activation="swiglu"`).
@@ -37,7 +39,7 @@ TE_MLP = LAYER + "layernorm_mlp."
 
 TABLE = Table(
     family="llama",
-    columns={"hf": None, "megatron": None, "megatron_local": "megatron", "te": None},
+    columns={"hf": None, "megatron": None, "megatron_local": "megatron", "megatron_dist": "megatron", "te": None},
     sizes={
         "num_hidden_layers": "layer",
         "hidden_size": "hidden",
@@ -52,6 +54,7 @@ TABLE = Table(
     },
     branches=("q", "k", "v", "gate", "up"),
     constants={"zero": Constant(0.0)},
+    stacked=frozenset({"megatron_dist"}),
     features=frozenset(
         {
             "tie_word_embeddings",

@@ -14,7 +14,7 @@ import torch
 
 from converters.values import ROUNDOFF
 
-CODES = torch.float8_e4m3fn
+CODES = "float8_e4m3fn"
 MAX = 448.0
 SMALLEST = 2.0**-120
 """Of a block of zeros too. Smaller ones would leave its codes too few bits among bfloat16's subnormal numbers."""
@@ -77,7 +77,7 @@ def spread(scales: torch.Tensor, block: Block, at: slice, shape: torch.Size) -> 
 
 def encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The nearest codes, ties to even, saturating: not every torch's own cast does."""
-    return (values.float() / scales).clamp(-MAX, MAX).to(CODES)
+    return (values.float() / scales).clamp(-MAX, MAX).to(torch.float8_e4m3fn)
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

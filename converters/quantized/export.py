@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from converters import execute
 from converters.errors import CheckpointError, ConfigError, listing
-from converters.execute import TensorInfo, name_of
 from converters.quantized import e4m3, folder
 from converters.quantized.folder import Progress, Written
 from converters.quantized.schemes import SCHEMES, Scheme
 from converters.stores.safetensors import SafetensorsFolder
+from converters.tensors import TensorInfo, check_tensors
 
 
 def quantize(
@@ -53,14 +52,14 @@ def quantize(
         raise ConfigError(f"{source} is quantised already; make it plain first: python -m converters dequantize")
     store = SafetensorsFolder(source)
     held = store.tensors()
-    shapes, linears = folder.expected_tensors(config)
-    execute.check_tensors(shapes, held, str(source), folder.beside(config, held))
+    shapes, linears = folder.expected_tensors(config, held, str(source))
+    check_tensors(shapes, held, str(source), folder.beside(config, held))
     _refuse(store, linears, chosen, partial_blocks)
     infos = dict(held)
     for key in linears:
         infos[key] = TensorInfo(held[key].shape, e4m3.CODES)
-        infos[key + chosen.suffix] = TensorInfo(chosen.stored_shape(held[key].shape), torch.float32)
-    total = sum(map(folder.bytes_of, held.values()))
+        infos[key + chosen.suffix] = TensorInfo(chosen.stored_shape(held[key].shape), "float32")
+    total = sum(info.nbytes for info in held.values())
     out: list[Written] = []
 
     def fill(files: folder.Writable) -> None:
@@ -85,9 +84,9 @@ def _refuse(store: SafetensorsFolder, linears: list[str], scheme: Scheme, partia
         fp8_utils.py `validate_fp8_block_shape`.
     """
     held = store.tensors()
-    wrong = [f"{key}: {name_of(held[key].dtype)}" for key in linears if held[key].dtype not in folder.FLOATS]
+    wrong = [f"{key}: {held[key].dtype}" for key in linears if held[key].dtype not in folder.FLOATS]
     if wrong:
-        allowed = ", ".join(map(name_of, folder.FLOATS))
+        allowed = ", ".join(folder.FLOATS)
         raise CheckpointError(listing(f"{store.folder}: expected {allowed}, found", wrong))
     partial = [f"{key}: {list(held[key].shape)}" for key in linears if scheme.partial(held[key].shape)]
     if partial and not partial_blocks:

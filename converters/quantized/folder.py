@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +13,13 @@ import torch
 
 from converters import artefacts
 from converters.errors import CheckpointError, ConfigError
-from converters.execute import TensorInfo, bits, name_of
+from converters.execute import bits, name_of
+from converters.files.safetensors import lay_out
 from converters.models import family_of, require_hf
 from converters.stores import safetensors
+from converters.tensors import TensorInfo, check_layers
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = ("bfloat16", "float16", "float32")
 
 
 class Writable(Protocol):
@@ -77,15 +78,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def expected_tensors(config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def expected_tensors(
+    config: Mapping[str, Any], held: Mapping[str, TensorInfo], where: str
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """What a plain checkpoint of this config holds, by the family's own table, and which of it is to be quantised.
+
+    Args:
+        config: Of the checkpoint.
+        held: Its tensors.
+        where: What it is called in messages.
 
     Returns:
         The shape of every tensor, and the keys of the linear weights of the decoder layers.
     """
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     family = family_of(plain)
-    family.fields.to_megatron(plain)
+    check_layers(family.fields.to_megatron(plain).hf["num_hidden_layers"], held, where)
     shapes = family.plan("hf", "megatron", plain).source_tensors
     return shapes, [key for key, shape in shapes.items() if ".layers." in key and len(shape) == 2]
 
@@ -94,11 +102,6 @@ def beside(config: Mapping[str, Any], held: Iterable[str]) -> set[str]:
     """Tensors that a checkpoint may store besides: a copy of a tied head, rotary buffers."""
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     return {key for key in held if key in tied or key.endswith("rotary_emb.inv_freq")}
-
-
-def bytes_of(info: TensorInfo) -> int:
-    """Bytes of a tensor."""
-    return prod(info.shape) * info.dtype.itemsize
 
 
 def rewrite(
@@ -122,7 +125,7 @@ def rewrite(
         raise CheckpointError(f"{target} holds the source {source}; choose another folder")
     partial = artefacts.begin(target, overwrite=overwrite)
     try:
-        files = safetensors.lay_out(dict(sorted(tensors.items())))
+        files = lay_out(dict(sorted(tensors.items())))
         safetensors.create(partial, files)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in artefacts.carried(source):
@@ -134,7 +137,7 @@ def rewrite(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            size = sum(map(bytes_of, tensors.values()))
+            size = sum(info.nbytes for info in tensors.values())
             raise CheckpointError(f"cannot write {size:,} bytes of weights beside {target}: {error}") from error
         raise
 

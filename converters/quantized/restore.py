@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from converters import execute
 from converters.errors import CheckpointError, ConfigError, listing
-from converters.execute import TensorInfo, bits, name_of
+from converters.execute import bits, name_of
 from converters.quantized import e4m3, folder
 from converters.quantized.folder import Progress, Written
 from converters.quantized.schemes import Declared, declared
 from converters.stores.safetensors import SafetensorsFolder
+from converters.tensors import TensorInfo, check_tensors
 from converters.values import ROUNDOFF
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float32")
 ACTIVATIONS = (".input_scale", ".activation_scale")
 """Static scales of activations: a plain model does not quantise them."""
 
@@ -65,11 +65,11 @@ def dequantize(
     # A config says one dtype for all: where it is not the one that it said before, nothing keeps its own.
     changed = {key for key, info in held.items() if info.dtype in folder.FLOATS and (dtype or chosen != named)}
     infos = {
-        key: TensorInfo(info.shape, DTYPES[chosen] if key in weights | changed else info.dtype)
+        key: TensorInfo(info.shape, chosen if key in weights | changed else info.dtype)
         for key, info in held.items()
         if key not in scales and key not in dropped
     }
-    total = sum(map(folder.bytes_of, held.values()))
+    total = sum(info.nbytes for info in held.values())
     out: list[Written] = []
 
     def fill(files: folder.Writable) -> None:
@@ -83,7 +83,7 @@ def dequantize(
             progress(done, total)
 
     folder.rewrite(source, target, infos, _plain(config, chosen), fill, overwrite=overwrite)
-    out += [Written(key=key, kind="dropped", before=folder.bytes_of(held[key]), after=0) for key in sorted(dropped)]
+    out += [Written(key=key, kind="dropped", before=held[key].nbytes, after=0) for key in sorted(dropped)]
     return out
 
 
@@ -102,7 +102,7 @@ def _weights(store: SafetensorsFolder, config: dict[str, Any], said: Declared) -
     held, suffix = store.tensors(), said.scheme.suffix
     files = {key: file for file, keys in store.shards().items() for key in keys}
     weights = {key for key, info in held.items() if info.dtype == e4m3.CODES}
-    shapes, linears = folder.expected_tensors(config)
+    shapes, linears = folder.expected_tensors(config, held, str(store.folder))
     also = folder.beside(config, held) | {key for key in held if key.endswith(ACTIVATIONS)}
     problems = [
         f"{files[key]}: {key} is quantised, and the config says that it is kept"
@@ -115,7 +115,7 @@ def _weights(store: SafetensorsFolder, config: dict[str, Any], said: Declared) -
             for key in weights & {"lm_head.weight", "model.embed_tokens.weight"}
         ]
     problems += [
-        f"{files[key]}: {key} is {name_of(held[key].dtype)}, and the config says that it is quantised: expected F8_E4M3"
+        f"{files[key]}: {key} is {held[key].dtype}, and the config says that it is quantised: expected F8_E4M3"
         for key in linears
         if key in held and key not in weights and not said.keeps(key.removesuffix(".weight"))
     ]
@@ -136,14 +136,14 @@ def _weights(store: SafetensorsFolder, config: dict[str, Any], said: Declared) -
     also |= {key for key in held if key.endswith(".weight" + suffix)}
     if problems:
         raise CheckpointError(listing(f"{store.folder}: quantised tensors that cannot be read", problems))
-    execute.check_tensors(shapes, held, str(store.folder), also)
+    check_tensors(shapes, held, str(store.folder), also)
     return weights
 
 
 def _faults(store: SafetensorsFolder, key: str, scale: str, said: Declared) -> list[str]:
     info, shape = store.tensors()[scale], store.tensors()[key].shape
     if info.dtype not in folder.FLOATS:
-        return [f"is {name_of(info.dtype)}, expected {' or '.join(map(name_of, folder.FLOATS))}"]
+        return [f"is {info.dtype}, expected {' or '.join(folder.FLOATS)}"]
     if len(shape) != 2:
         return []
     allowed = [said.scheme.stored_shape(shape)] + [()] * (said.scheme.block == (None, None))

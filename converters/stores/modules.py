@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from converters.errors import CheckpointError
-from converters.execute import TensorInfo
+from converters.execute import info_of
+from converters.tensors import TensorInfo
 
 
 class ModuleStore:
@@ -28,7 +29,7 @@ class ModuleStore:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every parameter."""
-        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._parameters.items()}
+        return {name: info_of(tensor) for name, tensor in self._parameters.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
         """The parameter itself."""

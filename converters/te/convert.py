@@ -17,9 +17,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from converters import artefacts, execute, export
 from converters.checkpoint import Checkpoint
-from converters.convert import check_frequencies
 from converters.errors import CheckpointError, ConfigError, TopologyError, listing, near
 from converters.execute import Only, Transfer
+from converters.files.safetensors import SafetensorsFiles
 from converters.models import Family, family_of
 from converters.plan import Plan
 from converters.te.config import NVLlamaConfig
@@ -27,6 +27,7 @@ from converters.te.megatron import megatron_to_te, te_to_megatron
 from converters.te.modeling import NVLlamaForCausalLM
 from converters.te.parallel import Parallel
 from converters.te.stores import TeStore
+from converters.tensors import check_tensors
 from converters.topology import Mesh, Topology
 
 __all__ = [
@@ -137,7 +138,7 @@ def load(
         raise TopologyError("both topology and parallel say how the model is cut: pass one of them")
     groups = parallel or Parallel.of(topology or Topology())
     checkpoint = Checkpoint.open(folder)
-    check_frequencies(checkpoint)
+    checkpoint.check()
     config = te_config(checkpoint, dtype=dtype, **options)
     recipes: dict[str, Any] = {}
     if recipe is not None:
@@ -173,7 +174,7 @@ def te_config(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, **opt
             "no such options: " + ", ".join(f"{name}={options[name]!r}{near(name, known)}" for name in unknown)
         )
     fields = json.loads(checkpoint.config_text("te", {name: value for name, value in options.items() if name in own}))
-    held = {info.dtype for key, info in checkpoint.tensors.items() if not key.endswith("inv_freq")}
+    held = {execute.dtype_of(info.dtype) for key, info in checkpoint.tensors.items() if not key.endswith("inv_freq")}
     stated = getattr(torch, str(checkpoint.hf["dtype"]))
     chosen = dtype or (held.pop() if len(held) == 1 else stated)
     fields = {name: value for name, value in fields.items() if name not in ("torch_dtype", "dtype")}
@@ -208,7 +209,7 @@ def fill(model: NVLlamaForCausalLM, checkpoint: Checkpoint, *, cast: bool = Fals
     mesh = Mesh(parallel.topology, parallel.coord)
     plan = checkpoint.plan("te", **sizes_of(model), unpadded="source")
     # What a rank does not read must be there as well: the checkpoint is held against the whole plan.
-    execute.check_tensors(plan.source_tensors, checkpoint.tensors, str(checkpoint.folder))
+    check_tensors(plan.source_tensors, checkpoint.tensors, str(checkpoint.folder))
     part = plan.restrict(target=mesh)
     with TeStore(model, copies=_stores_head(plan), write=True) as store:
         source = Only(checkpoint.weights, part.source_tensors)
@@ -263,7 +264,7 @@ def save(
         whole,
         parts,
         config=lambda: config_of(model, checkpoint, column).encode(),
-        like=checkpoint.files.shards(),
+        like=checkpoint.files.pattern if isinstance(checkpoint.files, SafetensorsFiles) else None,
         carry_from=checkpoint.folder,
         code=trust_remote_code,
         overwrite=overwrite,

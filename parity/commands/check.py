@@ -1,8 +1,9 @@
-"""`parity check MODEL` is `pytest --model MODEL`, and `parity compare A B` is `pytest --model A --against B`."""
+"""`parity check MODEL` is `pytest --model MODEL`; with `--roundtrip`, files alone are checked."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from parity.options import OPTIONS, add_to_argparse
 
 
 def add(commands: Any) -> None:
-    """Declare `check` and `compare`."""
+    """Declare `check`."""
     check = commands.add_parser(
         "check",
         allow_abbrev=False,
@@ -21,22 +22,39 @@ def add(commands: Any) -> None:
     )
     check.add_argument("model", metavar="MODEL", help=OPTIONS[0].meaning)
     add_to_argparse(check)
-    check.set_defaults(run=_pytest, takes_rest=True)
-
-    compare = commands.add_parser(
-        "compare",
-        allow_abbrev=False,
-        help="hold one checkpoint against another",
-        usage="%(prog)s A B [options] [pytest options]",
-        description="Hold checkpoint B against A: tensors, config, other files, and what the two models compute.",
+    files = check.add_argument_group("files alone")
+    files.add_argument(
+        "--roundtrip",
+        action="store_true",
+        help="MODEL is a folder: to Megatron files and back, every byte of every file held to its own, the plan "
+        "proved, the config ledger complete, and the result linted; runs no model, and nothing of pytest.",
     )
-    compare.add_argument("model", metavar="A", help="The checkpoint that is right: " + OPTIONS[0].meaning)
-    compare.add_argument("parity_against", metavar="B", help="The checkpoint to hold against it, likewise.")
-    add_to_argparse(compare, but=("against",))
-    compare.set_defaults(run=_pytest, takes_rest=True)
+    files.add_argument("--scratch", metavar="DIR", type=Path, help="Where the copies are made (default: beside MODEL).")
+    files.add_argument("--json", metavar="FILE", type=Path, help="Write everything to FILE.")
+    files.add_argument("--no-load", action="store_true", help="Do not ask transformers about the result.")
+    check.set_defaults(run=_check, takes_rest=True)
 
 
-def _pytest(asked: argparse.Namespace) -> int:
+def _check(asked: argparse.Namespace) -> int:
+    """As `run_pytest`, or of a round trip of files: 0 passed, 1 failed, 4 wrong usage."""
+    own = [name for name in ("scratch", "json", "no_load") if getattr(asked, name)]
+    given = [f"--{name.replace('_', '-')}" for name in own]
+    if not asked.roundtrip and not given:
+        return run_pytest(asked)
+    wrong = [f"{name} goes with --roundtrip" for name in given if not asked.roundtrip]
+    wrong += [f"{name} does not go with --roundtrip, which runs no model" for name in of_models(asked)]
+    from parity.commands.roundtrip import run
+
+    return run(asked, wrong)
+
+
+def of_models(asked: argparse.Namespace) -> list[str]:
+    """What was given on the command line that says how models are run, pytest's own options included."""
+    given = [f"--{option.name}" for option in OPTIONS[1:] if getattr(asked, option.dest, None) not in (None, False)]
+    return [name for name in (*given, *asked.rest) if name not in ("--trust-remote-code", "--against")]
+
+
+def run_pytest(asked: argparse.Namespace) -> int:
     """Pytest's own exit status: 0 passed, 1 failed, 4 wrong usage, 5 nothing ran."""
     line = ["-p", "parity.plugin", f"--model={asked.model}"]
     for option in OPTIONS[1:]:

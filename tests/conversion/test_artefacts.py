@@ -10,6 +10,7 @@ import pytest
 
 from converters.artefacts import begin, carried, commit, patched
 from converters.errors import CheckpointError
+from converters.files import place
 from converters.models.llama_fields import FIELDS
 
 SPELLINGS = {known.name: known.paths for known in FIELDS.fields}
@@ -45,7 +46,10 @@ def test_a_replaced_target_is_the_old_one_or_the_new_one(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
-def test_a_failed_rename_leaves_the_old_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_failed_rename_leaves_the_old_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
+) -> None:
     target = tmp_path / "exported"
     target.mkdir()
     (target / "old").write_text("x")
@@ -57,7 +61,13 @@ def test_a_failed_rename_leaves_the_old_target(tmp_path: Path, monkeypatch: pyte
             raise OSError("no")
         return rename(self, to)
 
+    def cannot(one: Path, other: Path) -> bool:
+        if exchanged:
+            raise OSError("no")
+        return False
+
     monkeypatch.setattr(Path, "rename", fails)
+    monkeypatch.setattr(place, "exchange", cannot)
     with pytest.raises(OSError, match="no"):
         commit(partial, target)
     assert [path.name for path in target.iterdir()] == ["old"]

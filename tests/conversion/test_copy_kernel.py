@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from converters.errors import CheckpointError
-from converters.execute import TensorInfo, bits, run
+from converters.execute import bits, info_of, run
 from converters.models import family_of
 from converters.plan import Plan
 from converters.sources import read_config
+from converters.tensors import TensorInfo
 from converters.topology import Coord, Mesh, Topology
 from converters.values import Shift
 from parity.seeded import key_table
@@ -31,7 +32,7 @@ class Held:
         self.held = dict(tensors)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in self.held.items()}
+        return {key: info_of(tensor) for key, tensor in self.held.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
         return self.held[key]

@@ -11,10 +11,10 @@ from fp8_folders import FORMATS, UP, K, Q, digests, model, rewritten, tensors_of
 
 from converters import __main__ as command_line
 from converters.errors import CheckpointError
+from converters.files import safetensors
 from converters.quantized.export import quantize
 from converters.quantized.restore import dequantize
 from converters.quantized.schemes import SCHEMES
-from converters.stores import safetensors
 
 
 @pytest.fixture(autouse=True)

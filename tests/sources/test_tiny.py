@@ -260,8 +260,10 @@ def test_damaged_weight_files_are_named(tmp_path: Path) -> None:
     folder = write_checkpoint(with_layers(odd_config(), 1), tmp_path)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated: 5 bytes short"):
-        _ = [list(entry.chunks()) for entry in read_entries(folder).values()]
+    with pytest.raises(
+        CheckpointError, match=r"(?s)model\.safetensors is not a safetensors file.*'lm_head.weight' .* truncated"
+    ):
+        read_entries(folder)
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
         read_entries(folder)

@@ -16,8 +16,9 @@ import torch
 from quantization_ranks import reduced_scales
 from torch import Tensor
 
+from converters import pickled
 from converters.errors import ConversionError
-from converters.te.quantization import autocast, extra_state, pickled, state
+from converters.te.quantization import autocast, extra_state, state
 from converters.te.quantization.delayed import DelayedState
 from converters.te.quantization.formats import E4M3, E5M2
 from converters.te.quantization.recipes import DelayedScaling, Float8CurrentScaling, Format

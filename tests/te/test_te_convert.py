@@ -270,8 +270,8 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
         convert_folder(source, target, target_column="hf")
     with pytest.raises(ConfigError, match="is in the 'hf' column, expected 'te'"):
         convert_folder(source, target, source_column="te", target_column="hf")
-    with pytest.raises(ConversionError, match="'megatron' is no column of checkpoint folders"):
-        convert_folder(source, target, target_column="megatron")
+    with pytest.raises(ConversionError, match="'meta' is no column of checkpoint folders, expected hf, te, megatron"):
+        convert_folder(source, target, target_column="meta")
     with pytest.raises(ConfigError, match=r"attn_format \(did you mean 'attn_input_format'"):
         to_te(source, target, options={"attn_format": "thd"})
     with pytest.raises(CheckpointError, match="is the source itself"):

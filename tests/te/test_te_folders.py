@@ -82,8 +82,8 @@ def test_dtypes_change_on_request(made: dict[str, Path], tmp_path: Path) -> None
     found = weights(back)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in expected.items())
-    with pytest.raises(ConversionError, match="dtype 'float16', expected float32 or bfloat16"):
-        convert_folder(source, tmp_path / "x", target_column="te", dtype="float16")
+    with pytest.raises(ConversionError, match="dtype 'float8', expected float32, bfloat16 or float16"):
+        convert_folder(source, tmp_path / "x", target_column="te", dtype="float8")
 
 
 def test_a_file_is_no_model(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

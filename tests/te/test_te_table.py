@@ -10,10 +10,11 @@ import torch
 
 from converters import execute
 from converters.errors import CheckpointError
-from converters.execute import TensorInfo
+from converters.execute import info_of
 from converters.models import family_of
 from converters.plan import Plan
 from converters.sources import read_config
+from converters.tensors import TensorInfo
 from converters.topology import Mesh, Topology
 from parity.seeded import key_table
 from parity.tiny import odd_config, shrink, with_layers
@@ -36,7 +37,7 @@ class Held:
         self.held = dict(tensors)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in self.held.items()}
+        return {key: info_of(tensor) for key, tensor in self.held.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
         return self.held[key]

@@ -2,27 +2,34 @@
 
 Transformer Engine writes a Python pickle there: the recipe object, the scales, the histories. The same bytes are
 written here, opcode by opcode, so that it reads them. Reading runs no unpickler: `pickled` walks the opcodes, refuses
-all that no FP8 state needs, and makes plain data of the rest.
+all that no FP8 state needs, and makes plain data of the rest. Storages lie inside as bytes of `torch.save`, which
+`torch.load` reads with `weights_only`.
 
 Source: TransformerEngine 2.20.2, transformer_engine/pytorch/module/base.py (`get_extra_state`, `set_extra_state`),
-transformer_engine/pytorch/_extra_state.py.
+transformer_engine/pytorch/_extra_state.py; pytorch 2.13, torch/_utils.py (`_rebuild_tensor_v2`), torch/storage.py
+(`TypedStorage.__reduce__`).
 """
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from converters import pickled
 from converters.errors import ConversionError, listing
-from converters.te.quantization import pickled, recipes
+from converters.pickled import Named, Names, Symbol
+from converters.te.quantization import recipes
 from converters.te.quantization.delayed import DelayedState
 from converters.te.quantization.recipe_classes import fields_of
 from converters.te.quantization.recipes import formats_of
 
 VERSION = 1
+RECIPES = "transformer_engine.common.recipe"
 _TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 
 
@@ -75,7 +82,7 @@ def _symbol(module: str, name: str) -> bytes:
 
 def _recipe_bytes(recipe: Any) -> bytes:
     def name(symbol: str) -> bytes:
-        return b"c" + pickled.RECIPES.encode() + b"\n" + symbol.encode() + b"\n"
+        return b"c" + RECIPES.encode() + b"\n" + symbol.encode() + b"\n"
 
     values = fields_of(recipe)
     # An enumeration is its class called with its value, a named tuple: NEWOBJ, TUPLE1, REDUCE.
@@ -126,11 +133,11 @@ def read(saved: Tensor | None, gemms: int, live: DelayedState | None, *, where: 
             "release that wrote it, or strip `_extra_state`"
         )
     recipe = content["recipe"]
-    if not isinstance(recipe, pickled.Named):
+    if not isinstance(recipe, Named):
         raise ConversionError(f"{where}: `_extra_state` has a {type(recipe).__name__} where a recipe belongs")
-    if recipe.name != "DelayedScaling":
+    if recipe.symbol.name != "DelayedScaling":
         raise ConversionError(
-            f"{where}: `_extra_state` is of the recipe {recipe.name}, which keeps none; expected DelayedScaling"
+            f"{where}: `_extra_state` is of the recipe {recipe.symbol.name}, which keeps none; expected DelayedScaling"
         )
     state = DelayedState(recipes.DelayedScaling(**_fields(recipe)), gemms)
     wrong = _fill(state, content)
@@ -194,7 +201,7 @@ def _stale(recipe: Any, largest: float, scale: Tensor, history: Tensor) -> list[
     return wrong
 
 
-def _fields(recipe: pickled.Named) -> dict[str, Any]:
+def _fields(recipe: Named) -> dict[str, Any]:
     """The fields of a recipe that this release knows, the format as its enumeration.
 
     Raises:
@@ -203,21 +210,48 @@ def _fields(recipe: pickled.Named) -> dict[str, Any]:
     known = fields_of(recipes.DelayedScaling())
     found = {name: value for name, value in recipe.fields.items() if name in known}
     for name, value in found.items():
-        if isinstance(value, pickled.Named):
+        if isinstance(value, Named):
             found[name] = _format(value)
     return found
 
 
-def _format(value: pickled.Named) -> Any:
+def _format(value: Named) -> Any:
     for each in recipes.Format:
-        if value.made_of == (pickled.Named(name="_FormatHelper", made_of=tuple(each.value)),):
-            return each
-    raise ConversionError(f"`_extra_state` has a {value.name} of no known largest values in its recipe")
+        match value.arguments:
+            case (Named(symbol=Symbol(name="_FormatHelper"), arguments=largest),) if largest == tuple(each.value):
+                return each
+    raise ConversionError(f"`_extra_state` has a {value.symbol.name} of no known largest values in its recipe")
+
+
+def _storage(content: bytes) -> Any:
+    # `weights_only`: tensors and plain values, nothing that runs.
+    found = torch.load(io.BytesIO(content), weights_only=True)
+    if not isinstance(found, torch.storage.TypedStorage):
+        raise ConversionError(f"`_extra_state` has a {type(found).__name__} where a storage belongs")
+    return found
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise ConversionError(f"`_extra_state` has a {type(storage).__name__} where a storage belongs")
+    held = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    if math.prod(size) > held:  # by strides of zero, a few bytes could ask for any amount of memory
+        raise ConversionError(f"`_extra_state` has a tensor of {list(size)} over {held} elements")
+    flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+    return flat.as_strided(size, stride, offset)
+
+
+_NAMES = Names(
+    calls={"torch._utils._rebuild_tensor_v2": _tensor, "torch.storage._load_from_bytes": _storage},
+    objects=frozenset([f"{RECIPES}.*"]),
+)
 
 
 def _parse(saved: Tensor, where: str) -> dict[str, Any]:
     try:
-        content = pickled.parse(bytes(saved.cpu().contiguous().view(torch.uint8).numpy()))
+        content = pickled.parse(
+            bytes(saved.cpu().contiguous().view(torch.uint8).numpy()), names=_NAMES, where="`_extra_state`"
+        )
     except ConversionError as error:
         raise ConversionError(f"{where}: {error}") from error
     except Exception as error:

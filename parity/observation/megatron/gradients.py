@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from converters import execute
-from converters.execute import TensorInfo
+from converters.tensors import check_tensors
 from converters.topology import Mesh, Topology
 from parity.observation.gradients import Held
 
@@ -45,7 +45,7 @@ def held(chunks: Sequence[Any], config: Mapping[str, Any], topology: Topology) -
     out = []
     for model, found, place in zip(models, names, topology.chunks_of(topology.coord(dist.get_rank())), strict=True):
         part = whole.restrict(source=Mesh(topology, place))
-        infos = {name: TensorInfo(tuple(parameter.shape), parameter.dtype) for name, parameter in found.items()}
-        execute.check_tensors(part.source_tensors, infos, f"the model at {place}")
+        infos = {name: execute.info_of(parameter) for name, parameter in found.items()}
+        check_tensors(part.source_tensors, infos, f"the model at {place}")
         out.append(Held(model=model, place=place, whole=whole, part=part, kept_as="main_grad"))
     return out

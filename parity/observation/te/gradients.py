@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from converters import execute
-from converters.execute import TensorInfo
+from converters.tensors import check_tensors
 from converters.topology import Mesh, Topology
 from parity.observation.gradients import Held
 from parity.observation.te.building import EMBEDDING, groups_in
@@ -36,6 +36,6 @@ def held(model: Any, config: Mapping[str, Any], topology: Topology) -> Held:
     )
     place, whole = topology.coord(dist.get_rank()), plan.inverse()
     part = whole.restrict(source=Mesh(topology, place))
-    infos = {name: TensorInfo(tuple(parameter.shape), parameter.dtype) for name, parameter in found.items()}
-    execute.check_tensors(part.source_tensors, infos, f"the model at {place}")
+    infos = {name: execute.info_of(parameter) for name, parameter in found.items()}
+    check_tensors(part.source_tensors, infos, f"the model at {place}")
     return Held(model=model, place=place, whole=whole, part=part, kept_as="main_grad")

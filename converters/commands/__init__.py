@@ -1,0 +1,1 @@
+"""The commands of `python -m converters` that read and write checkpoint folders."""
