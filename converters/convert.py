@@ -123,7 +123,8 @@ def convert_folder(
             with `hetereogenous_dist_checkpoint`.
         padded_vocab_size: Rows of a Megatron target's embedding; by default the source's.
         make_vocab_size_divisible_by: The same, as Megatron-LM computes it: of this times `tp`.
-        tp: Tensor-parallel ranks that the padding is for; the checkpoint itself loads at any.
+        tp: Tensor-parallel ranks that will load a Megatron target whose heads do not divide over them: groups of zeros
+            are added, exact, and loaded as heads like any other. Without need of them a checkpoint loads at any tp.
         layers: Whose layers will load a Megatron target, `te` (the default) or `local`: those demand one state more
             besides weights, which these refuse under `strict="raise_all"`.
         max_shard_size: Most bytes of tensors in one file of safetensors; by default files are as the source's were.

@@ -19,6 +19,7 @@ from converters.files.megatron_folder import Layers
 from converters.files.safetensors import Pattern
 from converters.plan import Plan
 from converters.tensors import FLOATS, TensorInfo, check_tensors
+from converters.topology import Topology
 
 if TYPE_CHECKING:
     from converters.files.gather import Part
@@ -97,6 +98,8 @@ def lay_out(
     padding: dict[str, int] = {}
     if kind == "megatron":
         padding = _padding(checkpoint, padded_vocab_size, make_vocab_size_divisible_by, tp)
+    elif tp != 1:
+        raise ConversionError(f"a target in the {kind!r} column has no padding for tp={tp}")
         if stacked is None:
             stacked = not (checkpoint.column == "megatron" and isinstance(checkpoint.files, DcpFiles))
     column = kind if kind in HF_LIKE else STYLES[stacked is not False]
@@ -111,7 +114,10 @@ def lay_out(
         like = _like(checkpoint, kind, [plan for plan, _ in parts])
         layout = safetensors.lay_out(infos, like=like, max_shard_bytes=max_shard_size, sidecars=sidecars)
     else:
-        layout = _megatron(checkpoint, text, infos, sidecars, stacked=column == STYLES[True], layers=layers or "te")
+        settings = checkpoint.family.fields.to_megatron(json.loads(text)).megatron
+        layout = _megatron(
+            checkpoint, {**settings, **padding}, infos, sidecars, stacked=column == STYLES[True], layers=layers or "te"
+        )
     return Target(column=column, parts=parts, infos=infos, layout=layout, carried=carried)
 
 
@@ -135,9 +141,14 @@ def _padding(checkpoint: Checkpoint, rows: int | None, multiple: int | None, tp:
         raise ConversionError("padded_vocab_size and make_vocab_size_divisible_by say the same: pass one of them")
     if multiple is not None:
         rows = math.ceil(vocabulary / (multiple * tp)) * multiple * tp
+    heads, groups = int(checkpoint.hf["num_attention_heads"]), int(checkpoint.hf["num_key_value_heads"])
+    padded = Topology(tp=tp).query_groups(groups, heads // groups)
     if rows is not None and rows < vocabulary:
         raise ConversionError(f"padded_vocab_size={rows}, and the vocabulary has {vocabulary} rows: none may be lost")
-    return dict(checkpoint.padding) | ({} if rows is None else {"padded_vocab_size": rows})
+    asked = ({} if rows is None else {"padded_vocab_size": rows}) | (
+        {} if padded == groups else {"padded_query_groups": padded}
+    )
+    return {**checkpoint.padding, **asked}
 
 
 def _infos(parts: Sequence[Part], dtype: str | None) -> dict[str, TensorInfo]:
@@ -227,7 +238,7 @@ def _followed(plan: Plan, shards: Mapping[str, list[str]]) -> dict[str, list[str
 
 def _megatron(
     checkpoint: Checkpoint,
-    text: str,
+    settings: Mapping[str, Any],
     infos: Mapping[str, TensorInfo],
     sidecars: Mapping[Path, bytes],
     *,
@@ -240,11 +251,10 @@ def _megatron(
         headers = kept.files()
     else:
         headers = {}
-    settings = dict(checkpoint.family.fields.to_megatron(json.loads(text)).megatron)
-    settings |= {"layernorm_zero_centered_gamma": "layernorm_zero_centered_gamma" in checkpoint.stored}
+    zero_centred = "layernorm_zero_centered_gamma"
     return megatron_folder.lay_out(
         infos,
-        settings=settings,
+        settings={**settings, zero_centred: zero_centred in checkpoint.stored},
         stacked=stacked,
         iteration=(checkpoint.megatron.iteration if checkpoint.megatron is not None else None) or 0,
         model_id=checkpoint.source.name if checkpoint.source.origin == "hub" else None,

@@ -124,7 +124,8 @@ def _megatron_target(sub: Parser) -> None:
         "--tp",
         type=int,
         default=1,
-        help="tensor-parallel ranks, for that padding alone: a torch_dist checkpoint loads at any",
+        help="ranks to pad for: the embedding with the option above, and heads that do not divide over them with "
+        "groups of zeros, which is exact; what needs no padding loads at any layout",
     )
     group.add_argument(
         "--layers",

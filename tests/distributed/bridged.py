@@ -32,7 +32,8 @@ def of_bridge(bridge: Any, topology: Topology, precision: str = "fp32", **fields
     provider.params_dtype = PRECISIONS[precision]
     for name, value in fields.items():
         setattr(provider, name, value)
-    provider.pad_query_groups()
+    if "num_query_groups" not in fields:
+        provider.pad_query_groups()
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
     for chunk in chunks:
         for parameter in chunk.parameters():
