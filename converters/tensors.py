@@ -140,4 +140,7 @@ def check_tensors(
         if names:
             problems.append(listing(f"tensors {title}", names))
     if problems:
-        raise CheckpointError("\n".join([f"{where} does not hold what its config promises:", *problems]))
+        title, advice = f"{where} does not hold what its config promises:", "Config and tensors are not of one model"
+        raise CheckpointError(
+            "\n".join([title, *problems, f"{advice}, or one of them is damaged: compare them, or fetch both again"])
+        )

@@ -47,9 +47,9 @@ SMOLLM2 = {
 
 def measure(config: dict[str, Any], source: Topology, target: Topology, bucket: int, repeat: int) -> dict[str, Any]:
     """What this rank takes, in seconds a run, and what travels."""
-    from converters.columns import between
     from converters.models import family_of
-    from converters.sync import WeightSync
+    from converters.sync.columns import between
+    from converters.sync.weights import WeightSync
 
     def plan_for(mesh: Topology) -> Any:
         groups, heads = config["num_key_value_heads"], config["num_attention_heads"]

@@ -16,11 +16,11 @@ from random_tables import Model, models, topologies
 from test_shard_laws import zeros_and_codes
 from test_whole_plan_laws import PAIR
 
-from converters.columns import between, by_rows
 from converters.errors import LayoutError, PlanError, TopologyError
 from converters.models import FAMILIES
 from converters.plan import Plan
-from converters.resharding import Exchange, Held
+from converters.sync.columns import between, by_rows
+from converters.sync.resharding import Exchange, Held
 from converters.topology import Coord, Topology
 from parity.tiny import odd_config, with_layers
 

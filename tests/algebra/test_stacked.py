@@ -138,8 +138,14 @@ def test_a_rule_may_name_a_stacked_column_itself() -> None:
                 one="layers.{layer}.experts.{expert}.weight: hidden",
                 dist="layers.experts.experts.weight: layer expert hidden",
             ),
+            rule("bias", one="layers.{layer}.bias: hidden", dist="biases.{layer}: hidden"),
         ),
     )
     made = table.plan("one", "dist", sizes={"layer": 2, "expert": 3, "hidden": 5}, features=frozenset())
-    assert made.target_tensors == {"layers.norm": (2, 5), "layers.experts.experts.weight": (2, 3, 5)}
+    assert made.target_tensors == {
+        "layers.norm": (2, 5),
+        "layers.experts.experts.weight": (2, 3, 5),
+        "biases.0": (5,),
+        "biases.1": (5,),
+    }
     assert made.prove().holds

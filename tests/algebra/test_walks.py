@@ -160,6 +160,7 @@ def test_a_walk_across_rows_of_any_shape_is_taken_apart(
     assert sorted(filled) == sorted(positions(region, extents).reshape(-1).tolist())
 
 
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9))), st.integers(0, 40), st.integers(0, 9))
 def test_spans_finds_all_that_overlap(spans: list[tuple[int, int]], first: int, length: int) -> None:
     items = [((low, low + more), number) for number, (low, more) in enumerate(spans)]

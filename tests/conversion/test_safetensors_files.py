@@ -129,11 +129,13 @@ def test_another_checkpoint_is_followed_to_the_byte(tmp_path: Path) -> None:
 
 def test_only_what_still_holds_is_followed(tmp_path: Path) -> None:
     sharded(tmp_path)
+    save_file({"c": torch.ones(4)}, tmp_path / SECOND, metadata={"by": "its writer"})
     files = SafetensorsFiles(tmp_path)
     infos = dict(files.tensors())
     layout = lay_out(infos | {"c": TensorInfo((4,), "bfloat16")}, like=files.pattern)
     assert layout.fixed[Path(FIRST)] == [(0, files.pattern.headers[FIRST].preamble)]
-    assert b'"c":{"dtype":"BF16","shape":[4],"data_offsets":[0,8]}' in layout.fixed[Path(SECOND)][0][1]
+    ((_, header),) = layout.fixed[Path(SECOND)]
+    assert b'{"__metadata__":{"by":"its writer"},"c":{"dtype":"BF16","shape":[4],"data_offsets":[0,8]}}' in header
     assert json.loads(layout.small[Path(INDEX)])["metadata"] == {"total_parameters": 16, "total_size": 56}
     other = lay_out(infos | {"d": TensorInfo((1,), "int8")}, like=files.pattern, sidecars={Path("x/y"): b"z"})
     assert (list(other.sizes), dict(other.small)) == ([Path(SINGLE)], {Path("x/y"): b"z"})

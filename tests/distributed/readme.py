@@ -10,7 +10,7 @@ def run(readme: Path, folder: Path, target: Path) -> tuple[list[str], int]:
     """Execute the block that converts, on a checkpoint in `folder`, and say what it exported and how it is cut."""
     from converters.megatron import runtime
 
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if "AutoBridge" in code]
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if "_provider()" in code]
     code = block.replace("meta-llama/Llama-3.2-1B", str(folder)).replace('"exported"', repr(str(target)))
     assert code != block
     runtime.install()

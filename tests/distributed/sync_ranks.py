@@ -98,8 +98,8 @@ def counted() -> Iterator[dict[str, int]]:
 
 def moved(folder: Path, topology: Topology, here: Side, there: Side, bucket: int, cast: bool = False) -> dict[str, Any]:
     """Load two models from a folder, empty the second, move the first into it; what then differs, and the traffic."""
-    from converters.columns import between
-    from converters.sync import WeightSync
+    from converters.sync.columns import between
+    from converters.sync.weights import WeightSync
 
     first, chunks = made(folder, here)
     second, serving = made(folder, there, cast=cast)
@@ -130,7 +130,7 @@ def moved(folder: Path, topology: Topology, here: Side, there: Side, bucket: int
 def streamed(folder: Path, topology: Topology, here: Side, ranks: tuple[int, ...], bucket: int) -> dict[str, Any]:
     """Stream a model out under Hugging Face's names; what differs from the folder, and what was held at a time."""
     from converters.execute import bits
-    from converters.sync import WeightSync
+    from converters.sync.weights import WeightSync
 
     plan, chunks = made(folder, here)
     sync = WeightSync(
@@ -160,8 +160,8 @@ def refused(folder: Path, topology: Topology) -> dict[str, tuple[str, int, bool]
 
     From tp2 pp2 to tp4, with more padding on the one side than on the other.
     """
-    from converters.columns import between
-    from converters.sync import WeightSync
+    from converters.sync.columns import between
+    from converters.sync.weights import WeightSync
 
     rank = dist.get_rank()
     first, chunks = made(folder, Side(topology=topology, fields={"make_vocab_size_divisible_by": 64}))
@@ -202,8 +202,8 @@ def refused(folder: Path, topology: Topology) -> dict[str, tuple[str, int, bool]
 
 def loosened(folder: Path, topology: Topology) -> tuple[str, list[str], str]:
     """Change rows that pad; what moving them says, what differs once they are let go of, and a target in the source."""
-    from converters.columns import between
-    from converters.sync import WeightSync
+    from converters.sync.columns import between
+    from converters.sync.weights import WeightSync
 
     first, (own,) = made(folder, Side(topology=topology, fields={"make_vocab_size_divisible_by": 64}))
     second, (into,) = made(folder, Side(topology=Topology(dp=2)))
@@ -221,8 +221,8 @@ def loosened(folder: Path, topology: Topology) -> tuple[str, list[str], str]:
 
 def in_a_group(folder: Path, topology: Topology) -> tuple[list[str], str]:
     """Two of three ranks, in a group of their own, with the third outside; what differs, and what the third is told."""
-    from converters.columns import between
-    from converters.sync import WeightSync
+    from converters.sync.columns import between
+    from converters.sync.weights import WeightSync
 
     group = dist.new_group([2, 0])
     plan, (tensors,) = made(folder, Side(topology=topology))
@@ -238,9 +238,9 @@ def in_a_group(folder: Path, topology: Topology) -> tuple[list[str], str]:
 def of_tensors(config: dict[str, Any], here: Topology, there: Topology, device: str, bucket: int) -> list[str]:
     """Plain tensors on a device, matrices in bfloat16 and the rest in float32; what is not as a plan alone makes it."""
     from converters import execute
-    from converters.columns import between
     from converters.models import family_of
-    from converters.sync import WeightSync
+    from converters.sync.columns import between
+    from converters.sync.weights import WeightSync
 
     drawn = torch.Generator().manual_seed(7)
 

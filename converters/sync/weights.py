@@ -21,13 +21,23 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from converters import collective, execute, ties
+from converters import collective, execute
 from converters.errors import CheckpointError, ConfigError, TopologyError, listing
-from converters.messages import Dtypes, Tensors, Wire
 from converters.plan import Plan
 from converters.proof import Proof
-from converters.readiness import Chunk, Ready, Stated, arguments_that_differ, cast_faults, held, made_dtypes, shared
-from converters.resharding import Exchange, Held, Place, Schedule
+from converters.sync import ties
+from converters.sync.messages import Dtypes, Tensors, Wire
+from converters.sync.readiness import (
+    Chunk,
+    Ready,
+    Stated,
+    arguments_that_differ,
+    cast_faults,
+    held,
+    made_dtypes,
+    shared,
+)
+from converters.sync.resharding import Exchange, Held, Place, Schedule
 from converters.tensors import ITEMSIZE
 from converters.topology import Topology
 

@@ -9,7 +9,7 @@ import torch
 
 from converters.execute import view
 from converters.plan import Copy, Plan, Region
-from converters.resharding import Exchange, Place, alike
+from converters.sync.resharding import Exchange, Place, alike
 from converters.topology import Coord
 from converters.values import Tie
 

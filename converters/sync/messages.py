@@ -22,7 +22,7 @@ import torch.distributed as dist
 from converters import execute
 from converters.execute import bits, dtype_of, view
 from converters.plan import Copy, Region
-from converters.resharding import Move, Place
+from converters.sync.resharding import Move, Place
 from converters.tensors import ITEMSIZE
 
 Tensors = Mapping[str, torch.Tensor]

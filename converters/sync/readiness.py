@@ -9,11 +9,11 @@ import torch
 
 from converters.errors import CheckpointError
 from converters.execute import info_of
-from converters.messages import Dtypes, Names, Tensors
 from converters.plan import Plan
-from converters.resharding import Exchange, Place
+from converters.sync.messages import Dtypes, Names, Tensors
+from converters.sync.resharding import Exchange, Place
+from converters.sync.ties import Label
 from converters.tensors import FLOATS, check_tensors
-from converters.ties import Label
 
 Chunk = torch.nn.Module | Mapping[str, torch.Tensor]
 """A model chunk, wrapped or bare, or its tensors by name."""
