@@ -98,10 +98,10 @@ def lay_out(
     padding: dict[str, int] = {}
     if kind == "megatron":
         padding = _padding(checkpoint, padded_vocab_size, make_vocab_size_divisible_by, tp)
-    elif tp != 1:
-        raise ConversionError(f"a target in the {kind!r} column has no padding for tp={tp}")
         if stacked is None:
             stacked = not (checkpoint.column == "megatron" and isinstance(checkpoint.files, DcpFiles))
+    elif tp != 1:
+        raise ConversionError(f"a target in the {kind!r} column has no padding for tp={tp}")
     column = kind if kind in HF_LIKE else STYLES[stacked is not False]
     parts = checkpoint.parts(column, padding)
     for plan, files in parts:

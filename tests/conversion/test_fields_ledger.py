@@ -257,3 +257,16 @@ def test_megatron_values_that_a_llama_cannot_say(name: str, value: Any) -> None:
 def test_other_families_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model_type='lama' is not supported.*did you mean 'llama'"):
         family_of({"model_type": "lama"})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, 2**31])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_key_value_heads", "head_dim"])
+def test_a_count_that_counts_nothing(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value}, expected an int from 1 to 2147483647"):
+        FIELDS.read(odd_config() | {name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1e-5", True])
+def test_a_number_that_is_none(value: object) -> None:
+    with pytest.raises(ConfigError, match=f"rms_norm_eps={value!r}, expected a finite float"):
+        FIELDS.read(odd_config() | {"rms_norm_eps": value})

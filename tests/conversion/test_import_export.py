@@ -18,6 +18,7 @@ from converters.convert import Conversion, convert_folder
 from converters.errors import CheckpointError, ConfigError, ConversionError
 from converters.files.verify import verify
 from converters.sources import read_config
+from converters.topology import Topology
 from parity.seeded import write_checkpoint
 from parity.tiny import odd_config, shrink, with_layers
 
@@ -119,7 +120,7 @@ def test_shards_of_another_size_and_back(folders: dict[str, Path], tmp_path: Pat
 
 
 def test_padding_is_made_kept_changed_and_left_out(folders: dict[str, Path], tmp_path: Path) -> None:
-    done = to_megatron(folders["biased"], tmp_path / "padded", make_vocab_size_divisible_by=8, tp=4)
+    done = to_megatron(folders["biased"], tmp_path / "padded", make_vocab_size_divisible_by=32)
     rows, vocabulary = Checkpoint.open(tmp_path / "padded").tensors[EMBEDDING].shape[0], ODD["vocab_size"]
     assert rows == -(-vocabulary // 32) * 32 > vocabulary
     assert done.constants == (rows - vocabulary) * ODD["hidden_size"] * 2, "embedding and head"
@@ -133,8 +134,24 @@ def test_padding_is_made_kept_changed_and_left_out(folders: dict[str, Path], tmp
         assert files(tmp_path / f"hf-{name}") == files(folders["biased"])
     with pytest.raises(ConversionError, match="none may be lost"):
         to_megatron(folders["biased"], tmp_path / "x", padded_vocab_size=vocabulary - 1)
+    with pytest.raises(ConversionError, match="has no padding for tp=2"):
+        convert_folder(folders["biased"], tmp_path / "x", target_column="te", tp=2)
     with pytest.raises(ConversionError, match="pass one of them"):
         to_megatron(folders["biased"], tmp_path / "x", padded_vocab_size=600, make_vocab_size_divisible_by=8)
+
+
+def test_heads_that_do_not_divide_get_groups_of_zeros(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Enough of them for as many ranks as will load it; they are in its arguments, and gone from an export."""
+    to_megatron(folders["biased"], tmp_path / "padded", make_vocab_size_divisible_by=8, tp=4)
+    padded, groups = Checkpoint.open(tmp_path / "padded"), ODD["num_key_value_heads"]
+    assert groups % 4
+    assert padded.padding == {
+        "padded_vocab_size": -(-ODD["vocab_size"] // 32) * 32,
+        "padded_query_groups": Topology(tp=4).query_groups(groups, ODD["num_attention_heads"] // groups),
+    }
+    assert padded.padding["padded_query_groups"] > groups
+    to_hf(tmp_path / "padded", tmp_path / "hf")
+    assert files(tmp_path / "hf") == files(folders["biased"])
 
 
 def test_padding_that_was_trained_is_not_lost(folders: dict[str, Path], tmp_path: Path) -> None:

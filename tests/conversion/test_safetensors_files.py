@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def test_another_checkpoint_is_followed_to_the_byte(tmp_path: Path) -> None:
     odd = json.dumps({"b": entry(0, 24, shape=[2, 3]), "__metadata__": {"by": "ünknown"}, "a": entry(24, 48)}, indent=1)
     (tmp_path / FIRST).write_bytes(raw(odd + "   ", 48))
     (tmp_path / INDEX).write_text(
-        json.dumps({"weight_map": {"c": SECOND, "b": FIRST, "a": FIRST}, "metadata": {"total_size": 7}, "more": []})
+        "\n"
+        + json.dumps({"weight_map": {"c": SECOND, "b": FIRST, "a": FIRST}, "metadata": {"total_size": 7}, "more": []})
     )
     files = SafetensorsFiles(tmp_path)
     assert files.shards() == {FIRST: ["b", "a"], SECOND: ["c"]}
@@ -390,6 +392,9 @@ def test_the_hub_cache(tmp_path: Path) -> None:
         path.rename(blobs / f"{at}")
         path.symlink_to(f"../../blobs/{at}")
     assert SafetensorsFiles(snapshot).tensors().keys() == {"a", "b", "c"}
+    copied = tmp_path / "models--org--name" / "copies" / "0123"
+    shutil.copytree(snapshot, copied, symlinks=True)
+    assert "is a link out of" in refusal(copied)
     other = tmp_path / "models--org--other" / "blobs"
     other.mkdir(parents=True)
     (snapshot / SECOND).rename(other / "x")
