@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.errors import CheckpointError, ConfigError
+from converters.errors import CheckpointError, ConfigError, SourceError, listing
+from converters.files import place
 from converters.files.extents import Extent, TensorFiles
+from converters.files.identity import Identity
 from converters.files.rank_tensors import RankTensors
 from converters.files.safetensors import SafetensorsFiles
 from converters.models import Family, column_of, family_of
@@ -96,11 +98,15 @@ class Checkpoint:
             ConfigError: Another column than `column`, or a config that no column knows.
             CheckpointError: Files that cannot be trusted.
         """
+        path = place.expanded(path)
         if _is_megatron(path):
             made = cls._megatron(Path(path), iteration, like, code=trust_remote_code)
         else:
-            if iteration is not None or like is not None:
-                raise CheckpointError(f"{path} is no Megatron checkpoint: it has no iterations, and is like itself")
+            if wrong := [name for name, value in (("iteration", iteration), ("like", like)) if value is not None]:
+                flags = " and ".join(f"--{name} (in Python {name}=...)" for name in wrong)
+                raise CheckpointError(
+                    f"{path} is no Megatron checkpoint, and other sources have no use for {flags}: drop it"
+                )
             source = resolve(str(path), revision=revision, token=token, trust_remote_code=trust_remote_code)
             if source.folder is None:
                 raise CheckpointError(f"{source.name}: only a config is known, there are no weights to convert")
@@ -189,18 +195,17 @@ class Checkpoint:
         """
         if isinstance(self.files, RankTensors):
             self.files.check_copies()
-        if "stored_te_inv_freq" not in self.stored:
+        if not self.stored & {"stored_te_inv_freq", "stored_inv_freq"}:
             return
-        import torch
+        from converters.megatron.rope import are_frequencies
 
-        from converters.megatron.rope import frequencies_of_fields
-
-        stored = self.weights.tensor("model.rotary_emb.inv_freq")
-        expected = frequencies_of_fields(self.hf)
-        if stored.shape != expected.shape or not torch.equal(stored, expected.to(stored.dtype)):
+        stored = [key for key in self.tensors if key.endswith("rotary_emb.inv_freq")]
+        wrong = [key for key in stored if not are_frequencies(self.weights.tensor(key), self.hf)]
+        if wrong:
             raise CheckpointError(
-                f"{self.folder}: model.rotary_emb.inv_freq is not what the config's rope fields give, and no other "
-                "format stores frequencies. Correct rope_theta and rope_parameters in config.json, or remove the tensor"
+                listing(f"{self.folder}: frequencies that are not what the config's rope fields give", wrong)
+                + "\nNo other format stores them. Correct rope_theta and rope_parameters in config.json, or remove the "
+                "tensors"
             )
 
     def shards(self) -> Mapping[str, list[str]] | None:
@@ -285,6 +290,11 @@ class OnlyTensors:
         """What is there besides weights."""
         return self.files.left_alone
 
+    @property
+    def identities(self) -> Mapping[Path, Identity]:
+        """Which files they are."""
+        return self.files.identities
+
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of each."""
         return self.held
@@ -295,8 +305,19 @@ class OnlyTensors:
 
 
 def _is_megatron(path: str | Path) -> bool:
-    """Whether a folder is none of Hugging Face: whatever else it is, Megatron's reader says."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    """Whether a folder is none of Hugging Face: whatever else it is, Megatron's reader says.
+
+    Raises:
+        SourceError: It cannot be looked into, or no file can have this name.
+    """
+    folder = Path(path)
+    try:
+        folder.stat()
+        if not folder.is_dir() or any(folder.glob("*.safetensors")):
+            return False
+        return (folder / ".metadata").is_file() or not (folder / "config.json").is_file()
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    return (folder / ".metadata").is_file() or not (folder / "config.json").is_file()
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise SourceError(f"no model {place.shortened(path)}: {why}") from error

@@ -6,6 +6,7 @@ No model is built and no process group is needed; under torchrun every rank writ
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from converters import targets
 from converters.checkpoint import Checkpoint
 from converters.errors import CheckpointError, ConversionError
-from converters.files import fingerprint
+from converters.files import fingerprint, identity, place
 from converters.files.extents import Chunk
 from converters.files.pending import Pending
 from converters.progress import Progress, speaks
@@ -52,6 +53,7 @@ class Conversion:
         carried: The other files, taken over byte for byte.
         left_alone: What the source holds besides weights, with the reason.
         nonfinite: For each tensor written that holds NaN or infinities, how many; they are kept.
+        overflowed: Of those, how many were finite in the source and became infinite by rounding to `dtype`.
         notices: What else a person should hear of.
         written: Every chunk of the target with its digest, in the order of the files.
     """
@@ -71,6 +73,7 @@ class Conversion:
     carried: tuple[Path, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    overflowed: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     written: tuple[Written, ...] = ()
 
@@ -99,6 +102,7 @@ def convert_folder(
     max_shard_size: int | None = None,
     digests: str | Path | None = None,
     workers: int | None = None,
+    check_source: bool = False,
 ) -> Conversion:
     """Convert a checkpoint folder. Without `dtype`, every bit of every weight is kept; every other file always is.
 
@@ -128,18 +132,19 @@ def convert_folder(
         layers: Whose layers will load a Megatron target, `te` (the default) or `local`: those demand one state more
             besides weights, which these refuse under `strict="raise_all"`.
         max_shard_size: Most bytes of tensors in one file of safetensors; by default files are as the source's were.
-        digests: A JSON file to write: a digest of every tensor of the target.
+        digests: A JSON file to write: a digest of every tensor of the target. It is replaced as the target is.
         workers: Threads that write.
+        check_source: First read all of the source, and hold it against the checksums that its format notes.
 
     Raises:
         SourceError: No such model, or no weights.
         ConfigError: A model that the target's column cannot have.
         CheckpointError: Files or tensors that are not what the config promises, a target that exists or cannot be
-            written, or a value that must be equal and is not.
+            written, a value that must be equal and is not, or bytes that are not those that were written.
     """
     from converters.files.stream import stream
 
-    began, target = time.monotonic(), Path(target).absolute()
+    began, target = time.monotonic(), Path(place.expanded(target)).absolute()
     for column in (source_column, target_column):
         if column not in (None, *COLUMNS):
             raise ConversionError(f"{column!r} is no column of checkpoint folders, expected {', '.join(COLUMNS)}")
@@ -159,7 +164,12 @@ def convert_folder(
             f"{source} is in the {target_column!r} column already: there is nothing to convert. Another number of "
             "files or layout of keys: python -m converters reshard (in Python target_column=None)"
         )
+    sources = _sources(source, checkpoint)
+    if digests is not None:
+        digests = _free(Path(place.expanded(digests)), target, sources, overwrite=overwrite)
     checkpoint.check()
+    threads: dict[str, int] = {} if workers is None else {"workers": workers}
+    notices = (_checked(checkpoint, quiet, threads),) if check_source else ()
     made = targets.lay_out(
         checkpoint,
         target_column or checkpoint.kind,
@@ -174,18 +184,16 @@ def convert_folder(
         max_shard_size=max_shard_size,
     )
     total = sum(info.nbytes for info in made.infos.values())
-    same = fingerprint.of_sources(
-        {extent.file for _, files in made.parts for key in files.tensors() for extent in files.extents(key)},
-        column=made.column,
-        dtype=dtype,
-    )
+    read = identity.known(files for _, files in made.parts)
+    same = fingerprint.of_sources(read, column=made.column, dtype=dtype)
     with (
         Progress("converting", total, quiet=quiet) as progress,
         Pending.begin(
             target,
             made.layout,
             fingerprint=same,
-            sources=[checkpoint.folder],
+            here=fingerprint.of_identities(read),
+            sources=sources,
             overwrite=overwrite,
             resume=resume,
             report=progress.advance,
@@ -197,9 +205,10 @@ def convert_folder(
             pending.folder,
             cast=dtype is not None,
             report=progress.advance,
-            **({} if workers is None else {"workers": workers}),
+            **threads,
         ):
             pending.note(written)
+        identity.check(read)
         pending.commit()
     state = "a state of quantisation, which belongs to a run and not to the weights"
     plans = [plan for plan, _ in made.parts]
@@ -219,13 +228,23 @@ def convert_folder(
         let_go=_let_go(checkpoint, made.column),
         carried=made.carried,
         left_alone=checkpoint.files.left_alone,
-        nonfinite=_nonfinite(pending.written),
-        notices=(*checkpoint.remarks, *pending.notices),
+        nonfinite=_counts(pending.written, "nonfinite"),
+        overflowed=_counts(pending.written, "overflowed"),
+        notices=(*checkpoint.remarks, *notices, *made.notices, *pending.notices),
         written=tuple(pending.written),
     )
-    if digests is not None and speaks():
-        _write_digests(Path(digests), done, made.infos, made.layout.chunks)
+    if isinstance(digests, Path) and speaks():
+        _write_digests(digests, done, made.infos, made.layout.chunks)
     return done
+
+
+def _checked(checkpoint: Checkpoint, quiet: bool, threads: Mapping[str, int]) -> str:
+    from converters.files import checksums
+
+    held = checksums.check(checkpoint.files, quiet=quiet, **threads)
+    if held:
+        return f"the source's bytes have the checksums that they were written with ({held:,} records)"
+    return "the source notes no checksums of its tensors: whether they are as they were written cannot be told"
 
 
 def _options(checkpoint: Checkpoint, column: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -245,12 +264,51 @@ def _let_go(checkpoint: Checkpoint, column: str) -> dict[str, str]:
     }
 
 
-def _nonfinite(written: Iterable[Written]) -> dict[str, int]:
+def _counts(written: Iterable[Written], what: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for chunk in written:
-        if chunk.nonfinite:
-            found[chunk.key] = found.get(chunk.key, 0) + chunk.nonfinite
+        if count := getattr(chunk, what):
+            found[chunk.key] = found.get(chunk.key, 0) + count
     return found
+
+
+def _sources(asked: str | Path | Source, checkpoint: Checkpoint) -> list[Path]:
+    """What the target must keep clear of: the checkpoint, all iterations beside it, and where its artefacts are."""
+    found = [checkpoint.folder]
+    if checkpoint.megatron is not None:
+        from converters.files import iterations, megatron_state
+
+        inside, above = checkpoint.folder, checkpoint.folder.resolve().parent
+        trackers = (megatron_state.TRACKER, megatron_state.STATE_TRACKER)
+        if iterations.iteration_of(inside.resolve()) is not None and (
+            Path(place.expanded(str(asked))).resolve() == above or any((above / name).exists() for name in trackers)
+        ):
+            found.append(above)
+    if checkpoint.artefacts is not None:
+        found.append(checkpoint.artefacts)
+    return found
+
+
+def _free(path: Path, target: Path, sources: Sequence[Path], *, overwrite: bool) -> Path:
+    """Where the digests may go, from the root.
+
+    Raises:
+        CheckpointError: Nowhere there, or over something that is to be kept.
+    """
+    digests = place.settled(path)
+    where = f"--digests {digests}"
+    for folder in (target, *sources):
+        for meant in (digests, digests.resolve()):
+            if meant.is_relative_to(place.settled(folder)) or meant.is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{where}: lies inside {folder}; choose a place outside of the checkpoints")
+    if os.path.lexists(digests) and not digests.is_file():
+        raise CheckpointError(f"{where}: expected a file or nothing, and it is something else")
+    if os.path.lexists(digests) and not overwrite:
+        raise CheckpointError(f"{where}: exists already; choose another file, or allow it to be replaced (--overwrite)")
+    above = next(folder for folder in digests.parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{where}: cannot be written, {above} is no folder that takes files")
+    return digests
 
 
 def _write_digests(path: Path, done: Conversion, infos: Mapping[str, TensorInfo], chunks: Sequence[Chunk]) -> None:
@@ -259,6 +317,8 @@ def _write_digests(path: Path, done: Conversion, infos: Mapping[str, TensorInfo]
     Raises:
         CheckpointError: The file cannot be written; the checkpoint is complete.
     """
+    from converters.files.digests import KIND
+
     boxes = {(str(chunk.extent.file), chunk.extent.offset, chunk.key): chunk.extent for chunk in chunks}
     tensors: dict[str, dict[str, Any]] = {
         key: {"dtype": info.dtype, "shape": list(info.shape), "boxes": []} for key, info in sorted(infos.items())
@@ -268,10 +328,16 @@ def _write_digests(path: Path, done: Conversion, infos: Mapping[str, TensorInfo]
         tensors[chunk.key]["boxes"].append(
             {"starts": list(box.starts), "shape": list(box.shape), "digest": chunk.digest, "nonfinite": chunk.nonfinite}
         )
-    account = {"digest": "XXH3-128 of the bytes, row-major", "column": done.columns[1], "tensors": tensors}
+    account = {"digest": KIND, "column": done.columns[1], "tensors": tensors}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(account, indent=1) + "\n")
+        aside = path.parent / f".digests-{os.getpid()}.partial"
+        try:
+            with aside.open("x") as file:
+                file.write(json.dumps(account, indent=1) + "\n")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"{done.target} is complete, but its digests cannot be written to {path}: {error}"

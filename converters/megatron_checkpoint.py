@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError, ConfigError
+from converters.errors import CheckpointError
 from converters.files import settings as megatron_settings
 from converters.files.megatron_folder import MegatronFolder
 from converters.models import require_hf
-from converters.sources import Source
+from converters.sources import Source, config_text
 from converters.tensors import TensorInfo
 
 CONFIG = "config.json"
@@ -49,17 +49,18 @@ def model_of(folder: MegatronFolder, name: str, like: Source | None) -> Model:
 
     Raises:
         ConfigError: A config that is not that of the model in the checkpoint, or settings that no model has.
+        SourceError: A config that is none.
         UnknownModel: It says nothing of its model, and nobody else does.
     """
     artefacts = folder.hf_folder if like is None else like.folder
     settings = folder.settings
     if like is not None:
         require_hf(like.config)
-        text = (like.folder / CONFIG).read_text() if like.folder else json.dumps(like.config, indent=2) + "\n"
+        text = config_text(like.folder / CONFIG)[0] if like.folder else json.dumps(like.config, indent=2) + "\n"
         config, where = like.config, f"{like.name}'s config.json"
     elif artefacts is not None and (artefacts / CONFIG).is_file():
-        text, where = (artefacts / CONFIG).read_text(), str(artefacts / CONFIG)
-        config = _parsed(text, where)
+        where = str(artefacts / CONFIG)
+        text, config = config_text(artefacts / CONFIG)
     elif settings is None:
         raise UnknownModel(
             f"{folder.root}: neither settings nor a config of the model are in the checkpoint; give the model that it "
@@ -73,16 +74,6 @@ def model_of(folder: MegatronFolder, name: str, like: Source | None) -> Model:
         remarks += megatron_settings.differences(config, settings, where)
     source = Source(name=name, folder=folder.root, config=dict(config), origin="folder")
     return Model(source=source, text=text, artefacts=artefacts, remarks=tuple(remarks))
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{where} holds a JSON {type(config).__name__}, expected an object of config fields")
-    return config
 
 
 def padding(tensors: Mapping[str, TensorInfo], hf: Mapping[str, Any]) -> dict[str, int]:

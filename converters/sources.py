@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converters.errors import SourceError, listing, near
+from converters.files import place
 
 Config = dict[str, Any]
 
@@ -148,7 +149,14 @@ def without_credentials(text: str) -> str:
 
 def _folder(model: str) -> Path | None:
     """The local folder that `model` names, or `None`; what can only be a path must exist, and no file is a model."""
-    path = Path(model).expanduser()
+    path = Path(place.expanded(model))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise SourceError(f"no model {place.shortened(model)}: {why}") from error
     if path.is_dir():
         return path.resolve()
     file = path.exists() and packaged(model) is None
@@ -174,18 +182,30 @@ def _packaged_config(name: str) -> Config:
 
 def _config_in(folder: Path) -> Config:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise SourceError(
             f"no config.json in {folder} (found {found}): expected the folder of a Hugging Face checkpoint"
-        ) from None
+        )
+    return config_text(path)[1]
+
+
+def config_text(path: Path) -> tuple[str, Config]:
+    """The text of a `config.json`, and its fields.
+
+    Raises:
+        SourceError: It cannot be read, or is not a JSON object.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no regular file")
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON ({error}): the file is damaged, fetch or write it again") from None
     if not isinstance(config, dict):
         raise SourceError(f"{path} holds a JSON {type(config).__name__}, expected an object of config fields")
-    return config
+    return text, config
 
 
 def _require_weights(folder: Path, model: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from converters.errors import CheckpointError, ConversionError, listing
 from converters.files import megatron_folder, safetensors
 from converters.files.dcp import DcpFiles
 from converters.files.extents import FolderLayout
+from converters.files.links import check_inside
 from converters.files.megatron_folder import Layers
 from converters.files.safetensors import Pattern
 from converters.plan import Plan
@@ -28,6 +30,8 @@ STYLES = {True: "megatron_dist", False: "megatron"}
 """Columns of Megatron folders: layers stacked, or a tensor for each."""
 HEADERS = "safetensors-headers"
 """Where a Megatron checkpoint keeps how the files of its Hugging Face model were laid out."""
+LARGE = 1 << 24
+"""Bytes of a file from which on it is copied in pieces and never held whole."""
 MEGATRON_FILES = ("metadata.json", "run_config.yaml")
 """Of Megatron's own files those that would be taken for a model's, where both lie in one folder."""
 
@@ -42,6 +46,7 @@ class Target:
         infos: Shape and dtype of its tensors.
         layout: Its files.
         carried: The files taken over byte for byte.
+        notices: What the config says of dtypes, and the tensors do not.
     """
 
     column: str
@@ -49,6 +54,7 @@ class Target:
     infos: Mapping[str, TensorInfo]
     layout: FolderLayout
     carried: tuple[Path, ...]
+    notices: tuple[str, ...] = ()
 
 
 def lay_out(
@@ -94,6 +100,14 @@ def lay_out(
             "max_shard_size": max_shard_size,
         },
     )
+    for name, value in {
+        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "tp": tp,
+        "max_shard_size": max_shard_size,
+    }.items():
+        if value is not None and value < 1:
+            raise ConversionError(f"{name}={value!r}, expected 1 or more")
     text = _config(checkpoint, kind if kind in HF_LIKE else "hf", options, dtype)
     padding: dict[str, int] = {}
     if kind == "megatron":
@@ -103,22 +117,28 @@ def lay_out(
     elif tp != 1:
         raise ConversionError(f"a target in the {kind!r} column has no padding for tp={tp}")
     column = kind if kind in HF_LIKE else STYLES[stacked is not False]
-    parts = checkpoint.parts(column, padding)
+    kept = _kept(checkpoint) if kind == "hf" else None
+    parts = checkpoint.parts(column, padding, _copies(checkpoint, kept))
     for plan, files in parts:
         check_tensors(plan.source_tensors, files.tensors(), str(checkpoint.folder))
     infos = _infos(parts, dtype)
     carried = _carried(checkpoint, code=code)
-    sidecars = {path: (_artefacts(checkpoint) / path).read_bytes() for path in carried}
+    origins = {path: _artefacts(checkpoint) / path for path in carried}
+    large = {path: origin for path, origin in origins.items() if origin.stat().st_size > LARGE}
+    sidecars = {path: origin.read_bytes() for path, origin in origins.items() if path not in large}
     sidecars[Path("config.json")] = text.encode()
     if kind in HF_LIKE:
-        like = _like(checkpoint, kind, [plan for plan, _ in parts])
+        like = kept or _like(checkpoint, kind, [plan for plan, _ in parts])
         layout = safetensors.lay_out(infos, like=like, max_shard_bytes=max_shard_size, sidecars=sidecars)
     else:
         settings = checkpoint.family.fields.to_megatron(json.loads(text)).megatron
         layout = _megatron(
             checkpoint, {**settings, **padding}, infos, sidecars, stacked=column == STYLES[True], layers=layers or "te"
         )
-    return Target(column=column, parts=parts, infos=infos, layout=layout, carried=carried)
+    beside = min((path for path in layout.small if path.name == "config.json"), key=lambda path: len(path.parts)).parent
+    layout = replace(layout, copied={beside / path: origin for path, origin in large.items()})
+    notices = () if dtype is not None else _other_dtypes(checkpoint, parts)
+    return Target(column=column, parts=parts, infos=infos, layout=layout, carried=carried, notices=notices)
 
 
 def _check_options(kind: str, given: Mapping[str, Any]) -> None:
@@ -155,11 +175,12 @@ def _infos(parts: Sequence[Part], dtype: str | None) -> dict[str, TensorInfo]:
     """Shape and dtype of each target tensor.
 
     Raises:
-        CheckpointError: One tensor is made of several dtypes, and none was asked for; or of integers, and a float was.
+        CheckpointError: One tensor is made of several dtypes, and none was asked for; or of integers.
     """
     dtypes: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     mixed: set[str] = set()
+    wrong: set[str] = set()
     for plan, files in parts:
         held = files.tensors()
         shapes |= plan.target_tensors
@@ -168,20 +189,20 @@ def _infos(parts: Sequence[Part], dtype: str | None) -> dict[str, TensorInfo]:
                 continue
             key, found = copy.target.key, held[copy.source.key].dtype
             first = dtypes.setdefault(key, found)
+            if found not in FLOATS:
+                wrong.add(f"{copy.source.key}: {found}")
             if dtype is None and first != found:
                 mixed.add(f"{key}: {found} -> {first}")
+    if wrong:
+        raise CheckpointError(
+            listing("weights are floats; of another dtype are the tensors", wrong)
+            + "\nThe checkpoint is quantised, or its dtypes are damaged: dequantise it, or look at what wrote it"
+        )
     if mixed:
         raise CheckpointError(
             listing("dtypes differ, and a cast must be asked for (cast=True), for tensors", mixed)
             + "\nThe target has one dtype a tensor: allow the rounding (on the command line, convert --dtype)"
         )
-    if dtype is not None:
-        wrong = [f"{key}: {found} -> {dtype}" for key, found in dtypes.items() if found not in FLOATS]
-        if wrong:
-            raise CheckpointError(
-                listing("a cast rounds floats to floats; integers are no numbers to round, in tensors", wrong)
-                + "\nThe checkpoint is quantised, or its dtypes are damaged: dequantise it, or look at what wrote it"
-            )
     return {key: TensorInfo(shape, dtype or _dtype(key, dtypes)) for key, shape in shapes.items()}
 
 
@@ -207,16 +228,47 @@ def _carried(checkpoint: Checkpoint, *, code: bool) -> tuple[Path, ...]:
 
 
 def _like(checkpoint: Checkpoint, kind: str, plans: Sequence[Plan]) -> Pattern | dict[str, list[str]] | None:
-    """How the target's files are laid out: as the source's, or as those that the source came from."""
-    if isinstance(checkpoint.files, safetensors.SafetensorsFiles):
-        if checkpoint.column == kind:
-            return checkpoint.files.pattern
-        return _followed(plans[0], checkpoint.files.shards())
-    if kind != "hf" or checkpoint.artefacts is None:
+    """How the target's files are laid out where the source's are safetensors."""
+    if not isinstance(checkpoint.files, safetensors.SafetensorsFiles):
+        return None
+    return checkpoint.files.pattern if checkpoint.column == kind else _followed(plans[0], checkpoint.files.shards())
+
+
+def _kept(checkpoint: Checkpoint) -> Pattern | None:
+    """How the files were laid out that a Megatron checkpoint came from, or those of the model that it is like."""
+    if checkpoint.megatron is None or checkpoint.artefacts is None:
         return None
     if any(checkpoint.artefacts.glob("*.safetensors")):
         return safetensors.SafetensorsFiles(checkpoint.artefacts).pattern
-    return Pattern.read(checkpoint.artefacts / HEADERS)
+    return _headers(checkpoint.artefacts)
+
+
+def _headers(artefacts: Path) -> Pattern | None:
+    check_inside(artefacts / HEADERS, artefacts)
+    return Pattern.read(artefacts / HEADERS)
+
+
+def _copies(checkpoint: Checkpoint, kept: Pattern | None) -> frozenset[str]:
+    """Features of what the target stores a second time, as the files did that it is laid out like: a tied head."""
+    if kept is None or checkpoint.column == "hf":
+        return frozenset()
+    keys = {key for held in kept.shards().values() for key in held}
+    found = checkpoint.family.stored("hf", keys, tied=bool(checkpoint.hf["tie_word_embeddings"]))
+    return found & {"stored_lm_head"}
+
+
+def _other_dtypes(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[str, ...]:
+    """Where the config names another dtype than tensors have; loaders go by the one or by the other."""
+    said = checkpoint.hf["dtype"] if {"dtype", "torch_dtype"} & checkpoint.config.keys() else None
+    held: Counter[str] = Counter()
+    for plan, files in parts:
+        held.update(info.dtype for key, info in files.tensors().items() if key not in plan.drops)
+    other = [
+        f"{count:,} tensor{'s are' if count > 1 else ' is'} {dtype}"
+        for dtype, count in sorted(held.items())
+        if dtype != said
+    ]
+    return (f"config.json says {said}, {', '.join(other)}; kept",) if said is not None and other else ()
 
 
 def _followed(plan: Plan, shards: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -247,7 +299,7 @@ def _megatron(
 ) -> FolderLayout:
     if isinstance(checkpoint.files, safetensors.SafetensorsFiles) and checkpoint.column == "hf":
         headers = checkpoint.files.pattern.files()
-    elif checkpoint.artefacts is not None and (kept := Pattern.read(checkpoint.artefacts / HEADERS)) is not None:
+    elif checkpoint.artefacts is not None and (kept := _headers(checkpoint.artefacts)) is not None:
         headers = kept.files()
     else:
         headers = {}

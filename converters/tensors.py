@@ -79,6 +79,9 @@ Source: pytorch 2.13.0, torch/storage.py, _dtype_to_storage_type_map.
 """
 STORAGE_OF: Mapping[str, str] = {name: storage for storage, name in STORAGES.items()}
 
+QUANTIZED = ("float8_", "float4_")
+"""How the names of dtypes begin that mean nothing without their scales."""
+
 FLOATS = frozenset(name for name in ITEMSIZE if name.startswith(("float", "bfloat")))
 
 

@@ -4,10 +4,11 @@
     python ci/bench/files.py --model SmolLM2-135M --repeat 3   # smaller, and sooner done
     python ci/bench/files.py --only speed --json files.json
 
-Random weights, made first. The contestants take turns within each round, each after the others, on one file system with
-the source in the page cache; what was written before is on disk, and removed, before each begins. All are whole
-processes, imports included. `cp` leaves its bytes to the kernel and a conversion does not, so each is measured both
-ways: `cp` against a conversion whose fsync is left out, `cp` and `sync` against the conversion as it is.
+Random weights, made first. The contestants take turns within each round, another one first in each, on one file system
+with the source in the page cache; what was written before is on disk, and removed, before each begins. All are whole
+processes, imports included. Ratios are taken within a round, and their median is shown: a machine that does other
+things too slows down all of a round alike. `cp` leaves its bytes to the kernel and a conversion does not, so each is
+measured both ways: `cp` against a conversion whose fsync is left out, `cp` and `sync` against the conversion as it is.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def speed(folder: Path, config: Config, repeat: int, workers: list[str]) -> dict
     run(sys.executable, "-m", "converters", *conversion("import", folder / "hf", folder / "megatron"))
     target, costs = folder / "target", dict[str, list[Cost]]()
     for number in range(repeat + 1):
-        for name, command in contestants(folder, target, workers):
+        turns = list(contestants(folder, target, workers))
+        for name, command in turns[number % len(turns) :] + turns[: number % len(turns)]:
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
             found = run(*command)
@@ -122,7 +124,7 @@ def speed(folder: Path, config: Config, repeat: int, workers: list[str]) -> dict
             "seconds": statistics.median(times),
             "best": min(times),
             "rate": nbytes / statistics.median(times),
-            "of cp": statistics.median(theirs) / statistics.median(times),
+            "of cp": statistics.median(their / our for their, our in zip(theirs, times, strict=True)),
             "best of cp": min(theirs) / min(times),
             "cpu per GB": statistics.median(cpu),
         }

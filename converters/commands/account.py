@@ -51,7 +51,10 @@ def print_account(done: Conversion, digests: str | None = None) -> None:
     for what, why in done.let_go.items():
         row("let go", f"{what}: {why}")
     for key, count in list(done.nonfinite.items())[:MANY]:
-        row("not finite", f"{key}: {count:,} NaN or infinite, kept as they are")
+        rounded = done.overflowed.get(key, 0)
+        kept = f"{count - rounded:,} NaN or infinite, kept as they are" if count > rounded else ""
+        became = f"{rounded:,} became infinite by rounding to {done.dtype}" if rounded else ""
+        row("not finite", f"{key}: {'; '.join(filter(None, (kept, became)))}")
     if len(done.nonfinite) > MANY:
         row("not finite", f"and {len(done.nonfinite) - MANY} tensors more")
     for notice in done.notices:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
-from converters.commands.sizes import size
+from converters.commands.sizes import count, size
 from converters.errors import ConversionError
 
 COLUMNS = ("hf", "te", "megatron")
@@ -113,16 +114,16 @@ def _megatron_target(sub: Parser) -> None:
         help="a tensor for each layer, as Megatron-Core writes with hetereogenous_dist_checkpoint",
     )
     style.add_argument("--stacked", action="store_const", const=True, help="all layers stacked in one tensor (default)")
-    group.add_argument("--padded-vocab-size", type=int, metavar="ROWS", help="of the embedding (default: no padding)")
+    group.add_argument("--padded-vocab-size", type=count, metavar="ROWS", help="of the embedding (default: no padding)")
     group.add_argument(
         "--make-vocab-size-divisible-by",
-        type=int,
+        type=count,
         metavar="N",
         help="pad the embedding as Megatron-LM does with this option: to a multiple of N times --tp",
     )
     group.add_argument(
         "--tp",
-        type=int,
+        type=count,
         default=1,
         help="ranks to pad for: the embedding with the option above, and heads that do not divide over them with "
         "groups of zeros, which is exact; what needs no padding loads at any layout",
@@ -155,7 +156,12 @@ def _how(sub: Parser) -> None:
         "--resume", action="store_true", help="finish what an interrupted run has left; what it wrote is checked first"
     )
     sub.add_argument("--digests", metavar="FILE.json", help="write a digest of every tensor of the target to FILE")
-    sub.add_argument("--workers", type=int, metavar="N", help="threads that write (default: 2)")
+    sub.add_argument(
+        "--check-source",
+        action="store_true",
+        help="first hold all of SOURCE against the checksums that .distcp and .pt files note, and refuse what differs",
+    )
+    sub.add_argument("--workers", type=count, metavar="N", help="threads that write (default: 2)")
     sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
     sub.add_argument("--trust-remote-code", action="store_true", help="take Python files over too")
 
@@ -194,6 +200,7 @@ SHARED = (
     "max_shard_size",
     "digests",
     "workers",
+    "check_source",
 )
 """Options that are parameters of `convert_folder` by the same name; each command has some of them."""
 
@@ -212,6 +219,8 @@ def _run(asked: argparse.Namespace, source: str, target: str, /, **chosen: Any) 
 
 
 def _iteration(text: str) -> int | str:
+    if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, or `release`, found {text!r}")
     return text if text == "release" else int(text)
 
 

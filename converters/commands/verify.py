@@ -9,8 +9,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from converters.commands.sizes import size
-from converters.errors import listing
+from converters.commands.sizes import count, natural, size
+from converters.errors import ConversionError, listing
 
 if TYPE_CHECKING:
     from converters.files.compare import Comparison, Element
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TEXT = (
     "compare two checkpoints of any formats, element by element and to the bit: Hugging Face, Megatron and Transformer "
     "Engine, in any files and layouts. All that differs is listed, in the names of B; the exit status is 1 if anything "
-    "does, 2 if they cannot be compared"
+    "does, 2 if they cannot be compared. What .distcp and .pt files note as checksums is checked too, but of a sample"
 )
 
 
@@ -30,7 +30,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     sub.set_defaults(command=_verify)
     sub.add_argument("first", metavar="A", help="folder, or hub id")
-    sub.add_argument("second", metavar="B", help="folder, or hub id")
+    sub.add_argument("second", metavar="B", nargs="?", help="folder, or hub id")
+    sub.add_argument(
+        "--digests",
+        metavar="FILE.json",
+        help="instead of B: hold A against the digests that a conversion wrote of it with --digests",
+    )
     sub.add_argument(
         "--sample",
         nargs="?",
@@ -44,25 +49,25 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SOURCE",
         help="the Hugging Face model that a Megatron checkpoint is of, where it does not say (default: the other one)",
     )
-    sub.add_argument("--show", type=int, default=3, metavar="N", help="elements to show of each tensor (default: 3)")
+    sub.add_argument(
+        "--show", type=natural, default=3, metavar="N", help="elements to show of each tensor (default: 3)"
+    )
     sub.add_argument("--json", action="store_true", help="print what was found as JSON")
-    sub.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default: 2)")
+    sub.add_argument("--workers", type=count, default=2, metavar="N", help="threads (default: 2)")
     sub.add_argument("--quiet", action="store_true", help="print nothing: the exit status tells")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from converters.files.verify import verify
+    from converters.files.verify import verify, verify_digests
     from converters.progress import speaks
 
-    found = verify(
-        options.first,
-        options.second,
-        like=options.like,
-        sample=options.sample,
-        show=options.show,
-        workers=options.workers,
-        quiet=options.quiet,
-    )
+    if (options.second is None) == (options.digests is None) or (options.digests and options.sample):
+        raise ConversionError("expected A and B, or A and --digests FILE.json, which is held against all of A")
+    how = {name: getattr(options, name) for name in ("like", "workers", "quiet")}
+    if options.digests is not None:
+        found = verify_digests(options.first, options.digests, **how)
+    else:
+        found = verify(options.first, options.second, sample=options.sample, show=options.show, **how)
     if speaks() and options.json:
         print(json.dumps(_account(found), indent=2))
     elif speaks() and not options.quiet:
@@ -122,7 +127,7 @@ def _print(found: Verification) -> None:
     if found.constants:
         row("constants", f"{found.constants:,} elements that one side lacks, held against zero")
     for key, why in found.ignored.items():
-        row("left out", f"{key} of B: {why}")
+        row("left out", f"{key} of {found.names}: {why}")
     for side, left in zip("AB", found.left_alone, strict=True):
         for what, why in left.items():
             row("left alone", f"{what} of {side}: {why}")
@@ -131,17 +136,25 @@ def _print(found: Verification) -> None:
     if found.nonfinite:
         counts = [f"{key}: {ours:,} in A, {theirs:,} in B" for key, (ours, theirs) in found.nonfinite.items()]
         row("not finite", listing("NaN or infinite elements, of tensors", counts))
+    if found.checksums:
+        row("checksums", f"{found.checksums:,} records, {len(found.damaged):,} damaged")
     console.print(table)
+    if found.equal and found.second.is_file():
+        console.print("[bold green]equal[/]  every tensor has the digest that was written of it")
+        return
     if found.equal:
         kept = "what was looked at is equal to the bit" if found.sampled else "equal to the bit"
         console.print(f"[bold green]equal[/]  every tensor and every field of the config: {kept}")
         return
     for name, (ours, theirs) in found.config.items():
         console.print(Text(f"config.json: {name} is {ours!r} in A, {theirs!r} in B"))
+    if found.damaged:
+        console.print(Text(listing("bytes that are not those that were written", found.damaged)))
     if found.different:
         console.print(_differences(found.different))
     console.print(
         f"[bold red]different[/]  {len(found.different):,} tensors and {len(found.config):,} fields of the config"
+        + (f", {len(found.damaged):,} records damaged" if found.damaged else "")
     )
 
 

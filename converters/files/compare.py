@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from converters.errors import listing
 from converters.files.extents import Extent, TensorFiles
 from converters.files.gather import Gather, Part
 from converters.files.mapped import Bits, Mapped, bits_of, strided
@@ -97,7 +98,7 @@ def compare(
     Raises:
         CheckpointError: The source does not hold the tensors that a plan reads.
     """
-    gather, mapped, held = Gather(parts, cast=True), Mapped(), expected.tensors()
+    gather, mapped, held = Gather(parts, cast=True), Mapped(expected.identities), expected.tensors()
     made = {key: shape for plan, _ in parts for key, shape in plan.target_tensors.items()}
     if keys is None:
         yield from (Comparison(key=key, faults=(fault,)) for key, fault in gather.constant_faults())
@@ -125,6 +126,7 @@ def compare(
         left[found.key] -= 1
         if not left[found.key]:
             yield so_far.pop(found.key)
+    assert not so_far, listing("tensors that were not compared to their end", so_far)
 
 
 def _faults(key: str, shape: tuple[int, ...] | None, held: TensorInfo | None, gather: Gather) -> list[tuple[str, bool]]:

@@ -21,11 +21,13 @@ from pathlib import Path, PurePosixPath
 from converters.errors import CheckpointError, listing
 from converters.files import dcp_metadata, torch_archive
 from converters.files.dcp_metadata import METADATA, DcpMetadata, Piece, Place
-from converters.files.extents import Chunk, Extent, FolderLayout
+from converters.files.extents import Chunk, Extent, FolderLayout, Record
+from converters.files.identity import Identity
+from converters.files.links import check_inside
 from converters.files.torch_archive import Archive, Stored
 from converters.files.zip_records import ALIGNMENT
 from converters.pickle_names import shown
-from converters.tensors import ITEMSIZE, TensorInfo
+from converters.tensors import ITEMSIZE, QUANTIZED, TensorInfo
 
 FILE = Path("__0_0.distcp")
 EXTRA_STATE = torch_archive.save([None])
@@ -40,6 +42,9 @@ class DcpFiles:
     Args:
         folder: Holds `.metadata` and the files that it names.
         prefix: What the keys of weights begin with (`model.`); it is left off, and the rest is left alone.
+
+    Attributes:
+        identities: Which files hold its weights.
 
     Raises:
         CheckpointError: Metadata that is damaged, that names files outside of the folder or bytes that are not there,
@@ -60,6 +65,8 @@ class DcpFiles:
                 left[reason].append(
                     info.nbytes if info.dtype in ITEMSIZE else sum(piece.place.size for piece in pieces)
                 )
+        self.identities: dict[Path, Identity] = {}
+        self._records: list[Record] = []
         extents = self._read(weights)
         self._infos = {key.removeprefix(prefix): info for key, info in weights.items()}
         self._extents = {key.removeprefix(prefix): extents[key] for key in weights}
@@ -93,6 +100,10 @@ class DcpFiles:
         """The boxes of a weight."""
         return self._extents[key]
 
+    def records(self) -> Sequence[Record]:
+        """The records of their archives."""
+        return self._records
+
     def object(self, key: str) -> bytes:
         """The bytes of an object: a file of `torch.save`, to be read by `torch_archive.read`.
 
@@ -103,7 +114,8 @@ class DcpFiles:
             raise CheckpointError(f"{self._root}: has no object {key!r}")
         place = self.metadata.objects[key]
         try:
-            with _mapped(self._root, place.file) as content:
+            content, _ = _mapped(self._root, place.file)
+            with content:
                 _check(place, len(content))
                 return content[place.offset : place.offset + place.size]
         except CheckpointError as error:
@@ -112,7 +124,11 @@ class DcpFiles:
     def _read(self, weights: Mapping[str, TensorInfo]) -> Mapping[str, list[Extent]]:
         """The extents of tensors, when each of their boxes was found where it should be."""
         out: dict[str, list[Extent]] = {key: [] for key in weights}
-        problems: list[str] = []
+        problems = [
+            f"{shown(key)} is quantised ({info.dtype}) and needs its scales, which no other format here has"
+            for key, info in weights.items()
+            if info.dtype.startswith(QUANTIZED)
+        ]
         by_file: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
         for key, info in weights.items():
             pieces = [piece for piece in self.metadata.pieces[key] if 0 not in piece.shape]
@@ -122,14 +138,16 @@ class DcpFiles:
                 by_file[piece.place.file].append((key, piece))
         for name, inside in by_file.items():  # one after the other: there may be more than can be open at a time
             try:
-                content = _mapped(self._root, name)
+                content, self.identities[self._root / name] = _mapped(self._root, name)
             except CheckpointError as error:
                 keys = sorted({shown(key) for key, _ in inside})
                 problems.append(f"{error}; of {keys[0]}" + (f" and {len(keys) - 1:,} more" if keys[1:] else ""))
                 continue
             for key, piece in inside:
                 try:
-                    out[key] += _box(content, self._root / name, key, weights[key].dtype, piece)
+                    found, boxes = _box(content, self._root / name, key, weights[key].dtype, piece)
+                    out[key] += boxes
+                    self._records.append(Record(key, self._root / name, *found.record, found.crc))
                 except CheckpointError as error:
                     problems.append(str(error))
         if problems:
@@ -137,8 +155,8 @@ class DcpFiles:
         return out
 
 
-def _box(content: mmap.mmap, file: Path, key: str, dtype: str, piece: Piece) -> Iterator[Extent]:
-    """The extents of one box of a tensor, which is an archive of its own."""
+def _box(content: mmap.mmap, file: Path, key: str, dtype: str, piece: Piece) -> tuple[Stored, Iterator[Extent]]:
+    """One box of a tensor, which is an archive of its own, and its extents."""
     place, expected = piece.place, TensorInfo(piece.shape, dtype)
     where = f"{shown(key)}, {place.file} at {place.offset:,}"
     try:
@@ -149,7 +167,9 @@ def _box(content: mmap.mmap, file: Path, key: str, dtype: str, piece: Piece) -> 
     if type(found) is not Stored or found.info != expected:
         told = f"{list(found.info.shape)} {found.info.dtype}" if type(found) is Stored else type(found).__name__
         raise CheckpointError(f"{where}: expected {list(piece.shape)} {dtype}, found {told}")
-    return _extents(file, found, piece.starts, where)
+    if found.pending:
+        raise CheckpointError(f"{where}: {torch_archive.not_its_values(found)}")
+    return found, _extents(file, found, piece.starts, where)
 
 
 def _check(place: Place, size: int) -> None:
@@ -182,8 +202,8 @@ def _extents(file: Path, found: Stored, starts: tuple[int, ...], where: str) -> 
         yield Extent(file, offset, at, (1,) * outer + shape[outer:])
 
 
-def _mapped(folder: Path, name: str) -> mmap.mmap:
-    """A file of the folder, mapped.
+def _mapped(folder: Path, name: str) -> tuple[mmap.mmap, Identity]:
+    """A file of the folder, mapped, and which one it is.
 
     Raises:
         CheckpointError: Outside of the folder, missing, empty, or not to be read.
@@ -191,10 +211,14 @@ def _mapped(folder: Path, name: str) -> mmap.mmap:
     path = PurePosixPath(name)
     outside = path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts
     try:
-        if outside or not (folder / path).parent.resolve().is_relative_to(folder.resolve()):
+        if outside:
             raise CheckpointError(f"the metadata names {shown(name)!r}, a file outside of its folder")
+        check_inside(folder / path, folder)
+        if (folder / path).is_fifo():
+            raise OSError("a pipe, which would be waited for")
         with (folder / path).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            identity = Identity.of(file.fileno())
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), identity
     except FileNotFoundError as error:
         raise CheckpointError(f"the file {shown(name)} is missing") from error
     except (OSError, ValueError, RuntimeError) as error:  # an empty file cannot be mapped; links may lead in circles

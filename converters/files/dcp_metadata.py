@@ -14,6 +14,7 @@ from typing import Any
 
 from converters import pickled
 from converters.errors import CheckpointError, listing
+from converters.files.links import check_inside
 from converters.files.torch_archive import TENSORS
 from converters.pickled import Named, Names, Symbol, shown
 from converters.tensors import TensorInfo
@@ -83,10 +84,16 @@ def read(folder: Path) -> DcpMetadata:
     """The metadata of a checkpoint folder.
 
     Raises:
-        CheckpointError: None there, no pickle, one that names what no metadata needs, or metadata with parts missing.
+        CheckpointError: None there, a link out of the folder, no pickle, one that is too large or names what no
+            metadata needs, or metadata with parts missing.
     """
     path = folder / METADATA
+    check_inside(path, folder)
     try:
+        if path.stat().st_size > pickled.MAX_BYTES:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size:,} bytes, expected no more than {pickled.MAX_BYTES:,}: it is damaged"
+            )
         content = path.read_bytes()
     except OSError as error:
         found = ", ".join(sorted(each.name for each in folder.glob("*"))[:8]) or "nothing"

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from converters.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from converters.files.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,25 @@ class Extent:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Bytes of a file whose CRC-32 was noted when they were written.
+
+    Attributes:
+        key: A tensor of which they hold some.
+        file: Absolute.
+        offset: Of the first byte.
+        nbytes: Of the record, which may hold more than the tensor.
+        crc: 0 where none was noted.
+    """
+
+    key: str
+    file: Path
+    offset: int
+    nbytes: int
+    crc: int
+
+
 class TensorFiles(Protocol):
     """The tensors of a checkpoint on disk. Opening one checks that the extents of each cover it exactly once."""
 
@@ -42,11 +64,23 @@ class TensorFiles(Protocol):
     def left_alone(self) -> Mapping[str, str]:
         """What is there besides weights, with the reason (`optimizer state`: `291 tensors, 3.2 GB, not weights`)."""
 
+    @property
+    def identities(self) -> Mapping[Path, Identity]:
+        """Which file each of its extents' paths led to when its header was read."""
+
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every weight."""
 
     def extents(self, key: str) -> Sequence[Extent]:
         """Where its boxes are."""
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """Tensors on disk whose format notes checksums."""
+
+    def records(self) -> Sequence[Record]:
+        """The bytes of every weight."""
 
 
 Seal = Callable[[int], Sequence[tuple[int, bytes]]]
@@ -77,9 +111,11 @@ class FolderLayout:
         fixed: For each large file, bytes that do not depend on the weights (headers), with their offsets.
         chunks: The boxes of all tensors. Together with `fixed` and the seals they fill the files.
         small: Small files, whole: an index, metadata, trackers.
+        copied: Files that are taken over byte for byte and are not small, with where they are read.
     """
 
     sizes: Mapping[Path, int]
     fixed: Mapping[Path, Sequence[tuple[int, bytes]]]
     chunks: Sequence[Chunk]
     small: Mapping[Path, bytes] = field(default_factory=dict)
+    copied: Mapping[Path, Path] = field(default_factory=dict)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.files.extents import FolderLayout
+from converters.files.identity import Identity
 
 ENDS = 1 << 16
 """Bytes digested at both ends of a source file: the header of a safetensors file, the directory of an archive."""
@@ -17,7 +18,8 @@ ENDS = 1 << 16
 def of_sources(files: Iterable[Path], **options: Any) -> str:
     """A digest of source files (name, size, time of change, both ends) and options (by their `repr`).
 
-    It is the same for another run over the same files, and another once a file is written to; no weights are read.
+    It is the same on every machine that sees the same files, or exact copies of them; no weights are read, so other
+    files may have it too: see `of_identities`.
     """
     digest = hashlib.sha256(repr(sorted(options.items())).encode())
     for path in sorted(files):
@@ -28,6 +30,12 @@ def of_sources(files: Iterable[Path], **options: Any) -> str:
             file.seek(max(status.st_size - ENDS, 0))
             digest.update(file.read(ENDS))
     return digest.hexdigest()
+
+
+def of_identities(identities: Mapping[Path, Identity]) -> str:
+    """A digest of which files are read, as one machine knows them: it changes when one is written to or replaced."""
+    found = sorted((str(path.resolve()), tuple(identity)) for path, identity in identities.items())
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def of_layout(layout: FolderLayout) -> str:
@@ -45,4 +53,7 @@ def of_layout(layout: FolderLayout) -> str:
     for path, data in sorted(layout.small.items()):
         digest.update(repr((str(path), len(data))).encode())
         digest.update(data)
+    for path, source in sorted(layout.copied.items()):
+        status = source.stat()
+        digest.update(repr((str(path), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()

@@ -17,6 +17,7 @@ import numpy as np
 
 from converters.errors import PlanError
 from converters.files.extents import Extent, TensorFiles
+from converters.files.identity import known
 from converters.files.mapped import Bits, Mapped, bits_of, strided
 from converters.files.rounding import check_cast, constant, place
 from converters.plan import Copy, Fill, Plan
@@ -76,7 +77,7 @@ class Gather:
 
     def __init__(self, parts: Sequence[Part], *, cast: bool = False) -> None:
         self._parts, self._cast = parts, cast
-        self._mapped = Mapped()
+        self._mapped = Mapped(known(files for _, files in parts))
         self._held = [files.tensors() for _, files in parts]
         for (plan, files), held in zip(parts, self._held, strict=True):
             check_tensors(plan.source_tensors, held, str(files.root))
@@ -106,7 +107,15 @@ class Gather:
                     out.append((part.region.key, f"{part.region.key}: {what}"))
         return out
 
-    def blocks(self, key: str, info: TensorInfo, box: Extent, stage: Bits, faults: list[str]) -> Iterator[Bits]:
+    def blocks(
+        self,
+        key: str,
+        info: TensorInfo,
+        box: Extent,
+        stage: Bits,
+        faults: list[str],
+        overflows: list[int] | None = None,
+    ) -> Iterator[Bits]:
         """The bytes of a box of target tensor `key`, in order.
 
         Args:
@@ -116,6 +125,7 @@ class Gather:
             stage: `BLOCK` bytes for what has to be brought together. A block that was handed out is good until the
                 next one is asked for.
             faults: Gets what is wrong with second copies of these elements in the source.
+            overflows: Gets how many finite elements became infinite by rounding.
 
         Raises:
             CheckpointError: A dtype would change, and must not.
@@ -138,7 +148,7 @@ class Gather:
         if not second and not fills and all(_moves(piece, info.dtype) and piece.run * size >= LONG for piece in pieces):
             yield from self._runs(pieces, size)
         else:
-            yield from self._staged(key, info.dtype, box, pieces, second, fills, stage, faults)
+            yield from self._staged(key, info.dtype, box, pieces, second, fills, stage, faults, overflows)
 
     def _staged(
         self,
@@ -150,6 +160,7 @@ class Gather:
         fills: list[Fill],
         stage: Bits,
         faults: list[str],
+        overflows: list[int] | None,
     ) -> Iterator[Bits]:
         stage = stage.view(bits_of(dtype))
         elements, width = math.prod(box.shape), _width(box.shape, stage.size)
@@ -163,7 +174,9 @@ class Gather:
                     into = _view(block, part.region.offset, part.region.strides, part.shape)
                     into[...] = constant(part.value, dtype)
             for piece, into in _inside(written, elements, low, block):
-                place(into, dtype, piece.values(self._mapped), piece.dtype, piece.copy.shift)
+                infinite = place(into, dtype, piece.values(self._mapped), piece.dtype, piece.copy.shift)
+                if infinite and overflows is not None:
+                    overflows.append(infinite)
             for piece, into in _inside(copied, elements, low, block):
                 again, at = np.empty_like(into), (piece.copy.source.key, piece.copy.rule)
                 place(again, dtype, piece.values(self._mapped), piece.dtype, piece.copy.shift)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from converters.errors import CheckpointError, listing
 from converters.files import legacy, megatron_state
+from converters.files.links import check_inside
 
 Iteration = int | Literal["release"]
 ASK = "name the iteration (--iteration)"
@@ -22,8 +23,10 @@ def resolve(path: Path, iteration: Iteration | None = None) -> Path:
     """The folder of the iteration that `path` leads to.
 
     Raises:
-        CheckpointError: There is none, or nothing says which.
+        CheckpointError: There is none, or nothing says which; a number that no iteration has.
     """
+    if iteration not in (None, "release") and (type(iteration) is not int or iteration < 0):
+        raise CheckpointError(f"iteration {iteration!r}: expected a number from 0 on, or 'release'")
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected the folder of a Megatron checkpoint, found {contents(path)}")
     inside = iterations(path)
@@ -47,9 +50,16 @@ def resolve(path: Path, iteration: Iteration | None = None) -> Path:
 
 
 def iterations(folder: Path) -> dict[Iteration, Path]:
-    """The checkpoints in a folder, by their iteration."""
+    """The checkpoints in a folder, by their iteration.
+
+    Raises:
+        CheckpointError: One is a link out of the folder.
+    """
     found = {iteration_of(path): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    return {iteration: path for iteration, path in found.items() if iteration is not None}
+    inside = {iteration: path for iteration, path in found.items() if iteration is not None}
+    for path in inside.values():
+        check_inside(path, folder)
+    return inside
 
 
 def _tracked(path: Path, inside: Mapping[Iteration, Path]) -> Iteration:

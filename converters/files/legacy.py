@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError, TopologyError, listing
-from converters.files import megatron_state
+from converters.files import megatron_state, torch_archive
 from converters.files import settings as model_settings
-from converters.files.extents import Extent
+from converters.files.extents import Extent, Record
+from converters.files.identity import Identity
+from converters.files.links import check_inside
 from converters.files.rank_tensors import RankTensors
 from converters.files.settings import Settings
 from converters.files.torch_archive import Stored
 from converters.pickled import shown
-from converters.tensors import TensorInfo
+from converters.tensors import QUANTIZED, TensorInfo
 from converters.topology import Coord, Mesh, Topology
 
 NAMES = ("model_optim_rng.pt", "model_rng.pt")
@@ -46,6 +48,7 @@ class RankFiles:
     Attributes:
         root: The rank's folder.
         mesh: The chunk's place.
+        identities: Which file it is.
         left_alone: What the file holds besides weights.
     """
 
@@ -53,7 +56,9 @@ class RankFiles:
     mesh: Mesh
     infos: Mapping[str, TensorInfo] = field(repr=False)
     places: Mapping[str, Extent] = field(repr=False)
+    identities: Mapping[Path, Identity] = field(repr=False)
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    held: Sequence[Record] = field(default=(), repr=False)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every weight, as the rank holds it."""
@@ -62,6 +67,10 @@ class RankFiles:
     def extents(self, key: str) -> Sequence[Extent]:
         """Its one box."""
         return (self.places[key],)
+
+    def records(self) -> Sequence[Record]:
+        """The records of its archive."""
+        return self.held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,12 @@ class Legacy:
             CheckpointError: Tensors that are not those of that model on this mesh, or copies that are not equal.
             ConfigError: A model that no family has.
         """
+        layers, held = settings.fields["num_layers"], sum(len(rank.tensors()) for rank in self.ranks)
+        if layers > held:  # before a plan for all of them is made
+            raise CheckpointError(
+                f"{self.where}: its arguments say num_layers={layers:,}, and the {held:,} tensors of all ranks cannot "
+                "be of so many: the file is damaged, or files are missing"
+            )
         family, config = model_settings.hf_config(settings)
         # Where parts lie, padding counts as what it pads, and a bias of zeros as a bias.
         sizes = family.fields.quantities(family.fields.read(config)[0])
@@ -118,8 +133,15 @@ class Legacy:
 
 
 def rank_folders(folder: Path) -> list[Path]:
-    """The folders of ranks in the folder of an iteration."""
-    return sorted(path for path in folder.glob("mp_rank_*") if path.is_dir())
+    """The folders of ranks in the folder of an iteration.
+
+    Raises:
+        CheckpointError: One is a link out of that folder.
+    """
+    found = sorted(path for path in folder.glob("mp_rank_*") if path.is_dir())
+    for path in found:
+        check_inside(path, folder)
+    return found
 
 
 def open_ranks(folder: Path) -> Legacy:
@@ -130,6 +152,7 @@ def open_ranks(folder: Path) -> Legacy:
             that Megatron-LM gave tensors before Megatron-Core; all that is wrong.
     """
     files = _files(folder)
+    identities = {file: Identity.of(file) for file in files.values()}  # before they are read
     found = {
         place: megatron_state.state_of(megatron_state.read_mapped(file), str(file)) for place, file in files.items()
     }
@@ -145,8 +168,19 @@ def open_ranks(folder: Path) -> Legacy:
         for chunk in range(topology.vpp):
             name = "model" if topology.vpp == 1 else f"model{chunk}"
             mesh = Mesh(topology, Coord(tp=tp, etp=tp, pp=pp, chunk=chunk))
-            infos, places = _tensors(found[tp, pp].get(name), f"{file}: {name}", file, problems)
-            ranks.append(RankFiles(root=file.parent, mesh=mesh, infos=infos, places=places, left_alone=left))
+            infos, places, held = _tensors(found[tp, pp].get(name), f"{file}: {name}", file, problems)
+            which = {file.absolute(): identities[file]}
+            ranks.append(
+                RankFiles(
+                    root=file.parent,
+                    mesh=mesh,
+                    infos=infos,
+                    places=places,
+                    identities=which,
+                    left_alone=left,
+                    held=held,
+                )
+            )
     if problems:
         raise CheckpointError(listing(f"{folder}: files of ranks that cannot be read", problems))
     return Legacy(ranks=tuple(ranks), args=args, where=str(first), state=found[min(files)])
@@ -244,28 +278,34 @@ def _count(args: Mapping[str, Any], name: str) -> int | None:
 
 def _tensors(
     model: Any, where: str, file: Path, problems: list[str]
-) -> tuple[dict[str, TensorInfo], dict[str, Extent]]:
-    """The weights in the state of a module, and where they are."""
+) -> tuple[dict[str, TensorInfo], dict[str, Extent], list[Record]]:
+    """The weights in the state of a module, where they are, and in which records of the file."""
     infos: dict[str, TensorInfo] = {}
     places: dict[str, Extent] = {}
+    held: list[Record] = []
     if type(model) is not dict:
         problems.append(f"{where}: expected a dict of tensors, found a {type(model).__name__}")
-        return infos, places
+        return infos, places, held
     older = [name for name in OLDER if name in model or any(str(key).startswith(f"{name}.") for key in model)]
     if older:
         problems.append(
             f"{where}: the names of Megatron-LM before Megatron-Core ({older[0]}...); convert it once with "
             "tools/checkpoint/convert.py of Megatron-LM core_v0.16 (--model-type GPT --loader legacy --saver core)"
         )
-        return infos, places
+        return infos, places, held
     for key, value in model.items():
         if type(key) is str and key.endswith("_extra_state"):
             continue  # of FP8, or nothing: no weight
         if type(key) is not str or type(value) is not Stored:
             problems.append(f"{where}: {shown(key)} is a {type(value).__name__}, expected a tensor")
+        elif value.pending:
+            problems.append(f"{where}: {shown(key)} {torch_archive.not_its_values(value)}")
+        elif value.info.dtype.startswith(QUANTIZED):
+            problems.append(f"{where}: {shown(key)} is quantised ({value.info.dtype}) and needs its scales")
         elif not value.contiguous:
             problems.append(f"{where}: {shown(key)} is not contiguous (strides {list(value.strides)})")
         else:
             infos[key] = value.info
             places[key] = Extent(file.absolute(), value.offset, (0,) * len(value.info.shape), value.info.shape)
-    return infos, places
+            held.append(Record(key, file.absolute(), *value.record, value.crc))
+    return infos, places, held

@@ -1,11 +1,15 @@
-"""Files mapped for reading, and the elements of a strided region in one as a view."""
+"""Files mapped for reading, and the elements of a strided region in one as a view.
+
+A file that another process truncates while it is mapped ends this one by SIGBUS where a lost page is touched, which
+cannot be caught in Python; what is being written stays hidden, as after a kill.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import CheckpointError
+from converters.files.identity import Identity, changed
 from converters.tensors import ITEMSIZE
 
 Bits = npt.NDArray[np.unsignedinteger]
@@ -31,9 +36,14 @@ def bits_of(dtype: str) -> np.dtype[np.unsignedinteger]:
 
 
 class Mapped:
-    """Files, each mapped once when it is first read. Pages of a mapped file are the page cache's own, and no copy."""
+    """Files, each mapped once when it is first read. Pages of a mapped file are the page cache's own, and no copy.
 
-    def __init__(self) -> None:
+    Args:
+        identities: Which file each path must lead to, of those whose headers were read.
+    """
+
+    def __init__(self, identities: Mapping[Path, Identity]) -> None:
+        self._identities = identities
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
 
@@ -41,11 +51,11 @@ class Mapped:
         """All bytes of a file.
 
         Raises:
-            CheckpointError: It cannot be read, or is empty.
+            CheckpointError: It cannot be read, is empty, or is not the file whose header was read.
         """
         with self._lock:
             if file not in self._maps:
-                self._maps[file] = _mapped(file)
+                self._maps[file] = _mapped(file, self._identities[file])
             return self._maps[file]
 
     def close(self) -> None:
@@ -53,15 +63,19 @@ class Mapped:
         self._maps.clear()
 
 
-def _mapped(file: Path) -> mmap.mmap:
+def _mapped(file: Path, expected: Identity) -> mmap.mmap:
     try:
         handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return mmap.mmap(handle, 0, prot=mmap.PROT_READ)
+            mapped = mmap.mmap(handle, 0, prot=mmap.PROT_READ)
+            found = Identity.of(handle)  # after the mapping, whose size is the file's at that moment
         finally:
             os.close(handle)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
+    if found != expected:
+        raise changed(file)
+    return mapped
 
 
 def strided(

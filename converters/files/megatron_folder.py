@@ -28,6 +28,7 @@ from converters.files import settings as model_settings
 from converters.files.dcp import DcpFiles
 from converters.files.extents import FolderLayout, TensorFiles
 from converters.files.iterations import Iteration, contents, folder_name, iteration_of, resolve
+from converters.files.links import check_inside
 from converters.files.settings import Settings
 from converters.plan import Plan
 from converters.tensors import TensorInfo, check_tensors
@@ -76,6 +77,8 @@ class MegatronFolder:
         root = resolve(path, iteration)
         found = iteration_of(root)
         hf_folder = next((folder for folder in (root / HF, root) if (folder / "config.json").is_file()), None)
+        if hf_folder is not None:
+            check_inside(hf_folder / "config.json", root)
         if legacy.rank_folders(root):
             ranks = legacy.open_ranks(root)
             if ranks.args is None:
@@ -243,6 +246,7 @@ def inside(
             replace(chunk, extent=replace(chunk.extent, file=folder / chunk.extent.file)) for chunk in layout.chunks
         ],
         small={folder / path: content for path, content in small.items()} | dict(beside),
+        copied={folder / path: source for path, source in layout.copied.items()},
     )
 
 

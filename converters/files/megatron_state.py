@@ -25,7 +25,7 @@ from typing import Any
 from converters import pickled
 from converters.errors import CheckpointError
 from converters.files import torch_archive
-from converters.files.links import outside
+from converters.files.links import check_inside
 from converters.pickled import Named, Names, Outside, Symbol, shown
 from converters.tensors import ITEMSIZE
 
@@ -47,6 +47,8 @@ BACKENDS = {
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """What Megatron-LM says of the way in which the model's tensors are named."""
 LARGEST_TEXT = 1 << 20
+LONGEST_YAML = 4 * LARGEST_TEXT
+"""With every alias written out: characters of values, and one for each value."""
 NAMES = Names(
     objects=frozenset(
         {
@@ -189,8 +191,7 @@ def read_mapped(path: Path) -> Any:
     Raises:
         CheckpointError: It cannot be read, or names what Megatron does not keep there.
     """
-    if place := outside(path, path.parent):
-        raise CheckpointError(f"{path}: is a link out of its folder, to {place}: open that folder, or copy the file")
+    check_inside(path, path.parent)
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -221,12 +222,30 @@ def read_run_config(path: Path) -> dict[str, Any]:
     """A `run_config.yaml`, by yaml's safe loader.
 
     Raises:
-        CheckpointError: It is no YAML of plain values, or has no model in it.
+        CheckpointError: It is no YAML of plain values, has no model in it, or its aliases make it huge.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        """PyYAML writes a value that is there twice as an alias; aliases of aliases can stand for more than fits."""
+
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            alias = self.check_event(yaml.AliasEvent)
+            node = super().compose_node(parent, index)
+            if alias and id(node) not in lengths:
+                raise yaml.YAMLError("an alias of what it stands in")
+            if node is not None and not alias:
+                pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+                scalar = isinstance(node, yaml.ScalarNode)
+                inside = len(node.value) if scalar else sum(lengths[id(part)] for pair in pairs for part in pair)
+                lengths[id(node)] = 1 + inside
+                if inside > LONGEST_YAML:
+                    raise yaml.YAMLError("aliases of aliases, which are huge when they are written out")
+            return node
+
+    lengths: dict[int, int] = {}
     try:
-        config = yaml.safe_load(read_bytes(path))
+        config = yaml.load(read_bytes(path), Loader)  # a SafeLoader
     except RecursionError:
         raise CheckpointError(f"{path}: YAML that is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -262,11 +281,8 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         CheckpointError: It cannot be read, is a link out of the folder, or is not small.
     """
+    check_inside(path, path.parent)
     try:
-        if place := outside(path, path.parent):
-            raise CheckpointError(
-                f"{path}: is a link out of its folder, to {place}: open that folder, or copy the file"
-            )
         if path.stat().st_size > LARGEST_TEXT:
             raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, expected no more than {LARGEST_TEXT:,}")
         return path.read_bytes()

@@ -13,6 +13,11 @@ INFINITY = {
     "float8_e4m3fn": 0x7F,
 }
 """The bits from which positive numbers are infinite or NaN; negative ones are from there on with the sign bit set."""
+NAN = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80, "float8_e8m0fnu": 0xFF}
+"""The one code that is no number, of dtypes that have no other.
+
+Source: pytorch 2.13.0, torch/headeronly/util/Float8_e4m3fnuz.h, Float8_e5m2fnuz.h and Float8_e8m0fnu.h (`isnan`).
+"""
 
 
 def count_nonfinite(block: Bits, dtype: str) -> int:
@@ -22,6 +27,8 @@ def count_nonfinite(block: Bits, dtype: str) -> int:
         block: The bytes.
         dtype: What they are; integers are all finite.
     """
+    if dtype in NAN:
+        return int((block == NAN[dtype]).sum())
     least = INFINITY.get(dtype)
     if least is None or not block.size:
         return 0

@@ -14,20 +14,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import filecmp
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, listing
 from converters.files import place
 from converters.files.extents import FolderLayout
 
 VERSION = 1
 FAILED, INTERRUPTED = "failed", "interrupted"
+FOLDERS = ("small", "folder", "replaced", "removed")
+FILES = re.compile(r"lock|state|state\.new|journal-[0-9]+|stopped|stopped-[0-9]+")
+"""All names that are ever in a partial folder; those of `FOLDERS` besides."""
+LONGEST = 255
+"""Bytes of a file's name. Source: linux/limits.h, `NAME_MAX`."""
 
 
 class Partial:
@@ -39,7 +48,7 @@ class Partial:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.root = target.parent / f".{target.name}.partial"
+        self.root = target.parent / _beside(target.name)
         self.folder, self.small, self.replaced = (self.root / name for name in ("folder", "small", "replaced"))
         self.state, self.stopped, self._lock = (self.root / name for name in ("state", "stopped", "lock"))
         self._handle: int | None = None
@@ -56,13 +65,15 @@ class Partial:
             Whether there was something here: left by a process that is no more.
 
         Raises:
-            CheckpointError: A living process writes here, or nobody can.
+            CheckpointError: A living process writes here, nobody can, or what is here no conversion has left.
         """
         try:
             while self._handle is None:
-                self.root.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(self.root):
+                    self.root.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
-                    self._handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+                    self._check_own()
+                    self._handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                     self._flock(fcntl.LOCK_EX)
                     if self._lock.stat().st_ino == os.fstat(self._handle).st_ino:
                         break
@@ -81,7 +92,7 @@ class Partial:
             CheckpointError: Another process has it.
         """
         if self._handle is None:
-            self._handle = os.open(self._lock, os.O_RDWR)
+            self._handle = os.open(self._lock, os.O_RDWR | os.O_NOFOLLOW)
         self._flock(fcntl.LOCK_SH)
 
     def unlock(self) -> None:
@@ -89,6 +100,37 @@ class Partial:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+    def _check_own(self) -> None:
+        """Refuse what is not a partial folder, before anything in it is touched: all of it may be removed later.
+
+        Raises:
+            CheckpointError: A link, a file, or other things than a conversion leaves.
+            FileNotFoundError: It is gone.
+        """
+        ask = "It is left alone: move it away, or choose another target"
+        if not stat.S_ISDIR(self.root.lstat().st_mode):
+            kind = "link" if self.root.is_symlink() else "file"
+            raise CheckpointError(f"{self.root} is a {kind}, and {self.target} is made in a folder of that name. {ask}")
+        with os.scandir(self.root) as found:
+            foreign = [
+                f"{entry.name}{' (a link)' if entry.is_symlink() else ''}"
+                for entry in found
+                if not (
+                    entry.name in FOLDERS
+                    if entry.is_dir(follow_symlinks=False)
+                    else FILES.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                )
+            ]
+        if foreign:
+            raise CheckpointError(
+                listing(
+                    f"{self.root}: {self.target} is made in a folder of that name, and this one holds what no "
+                    "conversion leaves",
+                    foreign,
+                )
+                + f"\n{ask}"
+            )
 
     def _flock(self, kind: int) -> None:
         assert self._handle is not None
@@ -138,6 +180,9 @@ class Partial:
             for at, data in layout.small.items():
                 self._inside(self.folder, at).unlink(missing_ok=True)
                 self._inside(self.small, at).write_bytes(data)
+            for at, source in layout.copied.items():
+                self._inside(self.folder, at).unlink(missing_ok=True)
+                shutil.copyfile(source, self._inside(self.small, at))
             self.folder.mkdir(exist_ok=True)
             state = {"version": VERSION, "identity": identity, "inode": self.folder.stat().st_ino}
             at = self.state.with_suffix(".new")
@@ -145,6 +190,7 @@ class Partial:
             at.replace(self.state)
         except OSError as error:
             total = sum(layout.sizes.values()) + sum(map(len, layout.small.values()))
+            total += sum(path.stat().st_size for path in layout.copied.values())
             free = shutil.disk_usage(self.target.parent).free
             raise CheckpointError(
                 f"cannot make room for {total:,} bytes beside {self.target}: {error.strerror or error}, at {at} "
@@ -174,9 +220,16 @@ class Partial:
     def complete(self, layout: FolderLayout) -> bool:
         """Whether the target has all files of a layout, the small ones byte for byte."""
         paths = {self.target / path: size for path, size in layout.sizes.items()}
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items()) and all(
-            (self.target / path).is_file() and (self.target / path).read_bytes() == data
-            for path, data in layout.small.items()
+        return (
+            all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+            and all(
+                (self.target / path).is_file() and (self.target / path).read_bytes() == data
+                for path, data in layout.small.items()
+            )
+            and all(
+                (self.target / path).is_file() and filecmp.cmp(self.target / path, source, shallow=False)
+                for path, source in layout.copied.items()
+            )
         )
 
     def place(self, layout: FolderLayout, *, overwrite: bool) -> None:
@@ -186,9 +239,10 @@ class Partial:
             CheckpointError: The target exists and may not be replaced.
             OSError: A rename failed; the target is as it was.
         """
-        for path in layout.small:
+        small = [*layout.small, *layout.copied]
+        for path in small:
             (self.small / path).replace(self.folder / path)
-        for path in layout.small:
+        for path in small:
             place.sync(self.folder / path)
         for folder in sorted((path for path in self.folder.rglob("*") if path.is_dir()), reverse=True):
             place.sync(folder)
@@ -218,6 +272,15 @@ class Partial:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # the next process is here already
                 raise
+
+
+def _beside(name: str) -> str:
+    """The hidden name that belongs to a target's; where it would be too long, a digest stands for the end."""
+    hidden = f".{name}.partial"
+    if len(os.fsencode(hidden)) <= LONGEST:
+        return hidden
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f".{os.fsdecode(os.fsencode(name)[:200])}-{digest}.partial"
 
 
 def _reserve(path: Path, size: int, fixed: Iterable[tuple[int, bytes]]) -> None:

@@ -61,6 +61,7 @@ class Pending:
         layout: FolderLayout,
         *,
         fingerprint: str,
+        here: str = "",
         sources: Sequence[Path] = (),
         overwrite: bool = False,
         resume: bool = False,
@@ -72,7 +73,9 @@ class Pending:
             target: The folder to make; it appears when `commit` is called, complete.
             layout: All that will be in it.
             fingerprint: Of what is read and of the options, from `fingerprint.of_sources`: a run with another one
-                cannot be resumed.
+                cannot be resumed, and all ranks must have the same.
+            here: Of the files that are read, from `fingerprint.of_identities`: a run with another one cannot be
+                resumed. Machines may know one file differently, so that of rank 0 alone counts.
             sources: Folders or files that are read meanwhile, which the target must keep clear of.
             overwrite: Replace the target where it exists.
             resume: Finish what an interrupted run has left, where there is something; each of its chunks is read and
@@ -89,6 +92,7 @@ class Pending:
         with share.joined() as ranks, told_to_stop() as no_more:
             if len({tuple(each.items()) for each in ranks.everyone(identity)}) > 1:
                 raise CheckpointError(f"{target}: the ranks do not read the same source files with the same options")
+            identity["source files or options"] += here
             partial = Partial(target)
             try:
                 notices, back = ranks.first(

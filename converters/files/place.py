@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterable
@@ -9,14 +10,58 @@ from pathlib import Path
 
 from converters.errors import CheckpointError
 
+CHECKPOINTS = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    ".metadata",
+    "*.distcp",
+    "latest_checkpointed_iteration.txt",
+    "latest_train_state.pt",
+    "iter_*",
+    "mp_rank_*",
+)
+"""What a folder of weights has at least one of."""
+
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 """Source: linux/fs.h, `renameat2(2)`: two names change places in one step, of which no kill sees the half."""
 
 
 def settled(target: Path) -> Path:
-    """`target` from the root, with links resolved in its parents only: a target that is a link is to be refused."""
-    return target.resolve() if target.name in ("", "..") else target.parent.resolve() / target.name
+    """`target` from the root, with links resolved in its parents only: a target that is a link is to be refused.
+
+    Raises:
+        CheckpointError: No file can have this name.
+    """
+    try:
+        found = target.resolve() if target.name in ("", "..") else target.parent.resolve() / target.name
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.lstat()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL is a ValueError, links in a circle a RuntimeError
+        raise CheckpointError(f"{shortened(target)} cannot be a folder: {_why(error)}") from error
+    return found
+
+
+def expanded(path: str | Path) -> str:
+    """A path as it was typed, with `~` as the shell would have it; a shell leaves that of `--hf=~/model` alone."""
+    text = str(path)
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:  # no such user
+        return text
+
+
+def shortened(path: str | Path) -> str:
+    """A path for messages: whole, unless nobody would read it."""
+    text = str(path)
+    return repr(text) if len(text) <= 300 else f"{text[:200]!r}... ({len(text):,} characters)"
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def check_target(target: Path, *, overwrite: bool = False, sources: Iterable[Path] = ()) -> None:
@@ -28,7 +73,8 @@ def check_target(target: Path, *, overwrite: bool = False, sources: Iterable[Pat
         sources: Folders or files that are read meanwhile.
 
     Raises:
-        CheckpointError: It is a link or a file, exists and may not be replaced, or is, holds or lies in a source.
+        CheckpointError: It is a link or a file, exists and may not be replaced, is no checkpoint or a training run, or
+            is, holds or lies in a source.
     """
     target = settled(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -45,6 +91,33 @@ def check_target(target: Path, *, overwrite: bool = False, sources: Iterable[Pat
         raise CheckpointError(
             f"{target} exists already; choose another folder, or allow it to be replaced (--overwrite, in Python "
             "overwrite=True)"
+        )
+    if target.exists():
+        _check_replaceable(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """To be replaced is to be deleted: refuse what a conversion cannot have made.
+
+    Raises:
+        CheckpointError: It is neither empty nor a checkpoint, or it holds several iterations.
+    """
+    try:
+        names = sorted(path.name for path in target.iterdir())
+        alike = any(any(target.glob(pattern)) for pattern in CHECKPOINTS)
+        iterations = sorted(path.name for path in target.glob("iter_*") if path.is_dir())
+    except OSError as error:
+        raise CheckpointError(f"{target} exists and cannot be looked into ({error}): it is not replaced") from error
+    if names and not alike:
+        found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise CheckpointError(
+            f"{target} does not look like a checkpoint, and only one is replaced: expected config.json, *.safetensors, "
+            f".metadata, a tracker, iter_* or mp_rank_*, found {found}. Remove it yourself, or choose another folder"
+        )
+    if len(iterations) > 1:
+        raise CheckpointError(
+            f"{target} holds {len(iterations)} iterations ({iterations[0]} to {iterations[-1]}) of a training run, and "
+            "one would take the place of all. Remove it yourself, or choose another folder"
         )
 
 

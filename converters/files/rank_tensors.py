@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from converters.errors import CheckpointError, listing
-from converters.files.extents import Extent
+from converters.files.extents import Extent, Record, Recorded
+from converters.files.identity import Identity
 from converters.plan import Copy, Plan
 from converters.tensors import ITEMSIZE, TensorInfo, check_tensors
 from converters.topology import Mesh
@@ -31,6 +32,8 @@ class Rank(Protocol):
     def root(self) -> Path: ...
     @property
     def mesh(self) -> Mesh: ...
+    @property
+    def identities(self) -> Mapping[Path, Identity]: ...
     def tensors(self) -> Mapping[str, TensorInfo]: ...
     def extents(self, key: str) -> Sequence[Extent]: ...
 
@@ -55,13 +58,18 @@ class RankTensors:
         ranks: The parts.
         left_alone: What is there besides weights.
 
+    Attributes:
+        identities: Which files the ranks' are.
+
     Raises:
         CheckpointError: Tensors that are not the plan's, on whichever rank; dtypes that differ between ranks.
     """
 
     def __init__(self, root: Path, plan: Plan, ranks: Sequence[Rank], left_alone: Mapping[str, str]) -> None:
         self._root, self._left = root, left_alone
+        self.identities = {path: found for rank in ranks for path, found in rank.identities.items()}
         self._extents: dict[str, list[Extent]] = defaultdict(list)
+        self._records = tuple(record for rank in ranks if isinstance(rank, Recorded) for record in rank.records())
         self._copies: list[tuple[Extent, Copy]] = []
         dtypes: dict[str, set[str]] = defaultdict(set)
         problems: list[str] = []
@@ -115,6 +123,10 @@ class RankTensors:
     def extents(self, key: str) -> Sequence[Extent]:
         """Its parts."""
         return self._extents[key]
+
+    def records(self) -> Sequence[Record]:
+        """The records of all ranks' archives."""
+        return self._records
 
     def check_copies(self) -> None:
         """Hold what several ranks have (norms, a tied head) against the first of them.

@@ -6,7 +6,7 @@ import numpy as np
 
 from converters.errors import CheckpointError
 from converters.files.mapped import Bits, bits_of
-from converters.tensors import FLOATS
+from converters.tensors import FLOATS, ITEMSIZE
 
 
 def check_cast(key: str, source: str, target: str, *, cast: bool) -> None:
@@ -28,7 +28,7 @@ def check_cast(key: str, source: str, target: str, *, cast: bool) -> None:
         )
 
 
-def place(into: Bits, dtype: str, values: Bits, held: str, shift: float = 0.0) -> None:
+def place(into: Bits, dtype: str, values: Bits, held: str, shift: float = 0.0) -> int:
     """Write elements.
 
     Args:
@@ -37,15 +37,20 @@ def place(into: Bits, dtype: str, values: Bits, held: str, shift: float = 0.0) -
         values: The elements.
         held: What they are.
         shift: Added to each, in the dtype that it is held in; 0 keeps every bit.
+
+    Returns:
+        How many finite ones are too large for `dtype`, and became infinite.
     """
     if held == dtype and not shift:
         np.copyto(into, values)
-        return
+        return 0
     import torch
 
     found = torch.from_numpy(np.array(values, order="C")).view(getattr(torch, held))
     made = (found + shift if shift else found).to(getattr(torch, dtype))
     np.copyto(into, made.view(getattr(torch, bits_of(dtype).name)).numpy())
+    infinite = made.isinf() if held != dtype and ITEMSIZE[dtype] > 1 else None
+    return int((infinite & found.isfinite()).sum()) if infinite is not None and infinite.any() else 0
 
 
 def constant(value: float, dtype: str) -> Bits:

@@ -20,7 +20,7 @@ from converters.files.extents import Chunk, Extent, FolderLayout
 from converters.files.links import outside
 from converters.files.module_order import in_module_order
 from converters.files.safetensors_header import LONGEST, Header, parsed
-from converters.tensors import CODE_OF, TensorInfo
+from converters.tensors import CODE_OF, QUANTIZED, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,7 +28,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 """As the hub has published most models; the default of huggingface_hub (transformers 5 writes up to 50 GB)."""
 FORMAT = {"format": "pt"}
 """What transformers writes as metadata of a file, and asks for when it reads one."""
-QUANTIZED = ("float8_", "float4_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +96,7 @@ class SafetensorsFiles:
     Attributes:
         root: The folder.
         pattern: How its files are laid out.
+        identities: Which files they are.
         remarks: What is odd about it and changes nothing: a size in the index that is not the files', which
             transformers does not read; shards that the index does not name.
 
@@ -134,6 +134,9 @@ class SafetensorsFiles:
         if problems:
             raise CheckpointError(listing(f"{folder}: files that cannot be trusted", problems))
         self.pattern = Pattern(headers=headers, index=index.text if index else None)
+        self.identities = {
+            (folder / name).absolute(): header.identity for name, header in headers.items() if header.identity
+        }
         self._infos = {key: info for header in headers.values() for key, info in header.tensors.items()}
         self.remarks = tuple(_remarks(folder, index, self._infos.values())) if index else ()
 

@@ -9,15 +9,15 @@ the header's end; tensors cover the rest of the file without holes or overlaps.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
 from converters.errors import near
+from converters.files.identity import Identity
 from converters.tensors import CODE_OF, CODES, TensorInfo
 
 LONGEST = 100_000_000
@@ -41,6 +41,7 @@ class Header:
         offsets: Where each tensor begins in the file.
         metadata: The strings that whoever wrote the file put there; `None` where they put none.
         problems: Why the file cannot be trusted. Where there are any, the rest may be missing.
+        identity: Of the file that it was read from.
     """
 
     preamble: bytes = b""
@@ -48,6 +49,7 @@ class Header:
     offsets: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] | None = None
     problems: tuple[str, ...] = ()
+    identity: Identity | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -76,15 +78,15 @@ class Header:
         """The header of the file at `path`, held against the file's size. Never raises: see `problems`."""
         try:
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
+                identity = Identity.of(file.fileno())
                 first = file.read(8)
                 length = int.from_bytes(first, "little")
-                if fault := _length_fault(first, length, size):
+                if fault := _length_fault(first, length, identity.size):
                     return cls(problems=(fault,))
                 preamble = first + file.read(length)
         except OSError as error:
             return cls(problems=(f"cannot be read: {error.strerror or error}",))
-        return cls.parse(preamble, size)
+        return replace(cls.parse(preamble, identity.size), identity=identity)
 
     @classmethod
     def parse(cls, preamble: bytes, size: int | None = None) -> Header:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from reprlib import repr as brief
 from typing import Any, Literal
 
 from converters import artefacts
@@ -252,7 +253,7 @@ def differences(config: Mapping[str, Any], settings: Settings, name: str) -> lis
             shown = f"{hf}: " if hf == field else f"{hf} ({field}): "
             lines[weighs[field]].append(f"{shown}{value!r} in {name}, {held!r} in {settings.where}")
     on = [
-        f"{field}: {value!r} in {settings.where}, and {name} has no such thing"
+        f"{field}: {brief(value)} in {settings.where}, and {name} has no such thing"
         for field, value in settings.fields.items()
         if field not in weighs
     ]
@@ -293,12 +294,12 @@ def _read(given: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], lis
             # The second is the length of a run's sequences: the model's where nothing else is said.
             names = names[:1] if given.get(names[0]) is not None else names[1:]
         values = {name: _plain(given[name]) for name in names if given.get(name) is not None}
-        if len({repr(value) for value in values.values()}) > 1:
-            problems.append(f"{row.field} is said twice and differently: {values}")
+        faults = [fault for value in values.values() if (fault := _misfit(row, value))]
+        if not faults and len({repr(value) for value in values.values()}) > 1:
+            faults = [f"{row.field} is said twice and differently: {brief(values)}"]
+        problems += faults
         for value in list(values.values())[:1]:
             found[row.field] = not value if row.negated and source == "args" else value
-            if problem := _misfit(row, found[row.field]):
-                problems.append(problem)
     return found, problems
 
 
@@ -306,13 +307,13 @@ def _misfit(row: Setting, value: Any) -> str | None:
     """What is wrong with the type of a value."""
     if row.default is REQUIRED or row.field in ("num_query_groups", "kv_channels"):
         wrong = not isinstance(value, int) or isinstance(value, bool) or value < 1
-        return f"{row.field}={value!r}, expected a positive integer" if wrong else None
+        return f"{row.field}={brief(value)}, expected a positive integer" if wrong else None
     if isinstance(row.default, bool):
-        return None if isinstance(value, bool) else f"{row.field}={value!r}, expected true or false"
+        return None if isinstance(value, bool) else f"{row.field}={brief(value)}, expected true or false"
     if isinstance(row.default, (int, float)) or row.default is None:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if fits else f"{row.field}={value!r}, expected a number"
-    return None if isinstance(value, str) else f"{row.field}={value!r}, expected a name"
+        return None if fits else f"{row.field}={brief(value)}, expected a number"
+    return None if isinstance(value, str) else f"{row.field}={brief(value)}, expected a name"
 
 
 def _plain(value: Any) -> Any:

@@ -44,6 +44,7 @@ class Written:
         crc32: Of those bytes.
         digest: XXH3-128 of those bytes, in hex.
         nonfinite: Elements that are NaN or infinite; they are kept.
+        overflowed: Of those, the ones that were finite in the source, and too large for the dtype asked for.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Written:
     crc32: int
     digest: str
     nonfinite: int
+    overflowed: int = 0
 
 
 def stream(
@@ -114,16 +116,39 @@ def _refuse(parts: Sequence[Part], faults: Sequence[str]) -> None:
 def _in_turn(chunks: Sequence[Chunk], workers: int) -> list[Chunk]:
     """What would keep one worker busy while the others have ended comes first, the rest in the order of the files."""
     nbytes = {id(chunk): math.prod(chunk.extent.shape) * ITEMSIZE[chunk.info.dtype] for chunk in chunks}
-    much = sum(nbytes.values()) // (4 * workers)
+    much = sum(nbytes.values()) // (4 * max(1, workers))
     return sorted(chunks, key=lambda chunk: -nbytes[id(chunk)] if nbytes[id(chunk)] > much else 0)
 
 
+class _Target:
+    """A file that is written.
+
+    A file system lets one thread at a time write to a file, and has the others burn their time until it is their turn
+    (ext4: the inode's `i_rwsem`, on which a waiting writer spins). Here they sleep.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        self._turn = threading.Lock()
+
+    def write(self, data: Bits, offset: int) -> None:
+        """All of `data` at `offset`, however few bytes the system takes at a time.
+
+        Raises:
+            OSError: It takes none.
+        """
+        done = 0
+        while done < data.nbytes:
+            with self._turn:
+                done += os.pwrite(self.handle, data[done:].data, offset + done)
+
+
 class _Targets:
-    """The files of a folder, each opened once, for writing."""
+    """The files of a folder, each opened once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._handles: dict[Path, int] = {}
+        self._open: dict[Path, _Target] = {}
         self._lock = threading.Lock()
         self._unsent = 0
 
@@ -131,14 +156,14 @@ class _Targets:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
+        for target in self._open.values():
+            os.close(target.handle)
 
-    def __getitem__(self, file: Path) -> int:
+    def __getitem__(self, file: Path) -> _Target:
         with self._lock:
-            if file not in self._handles:
-                self._handles[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CLOEXEC)
-            return self._handles[file]
+            if file not in self._open:
+                self._open[file] = _Target(self._folder / file)
+            return self._open[file]
 
     def start_sync(self, nbytes: int) -> None:
         """Now and then, send what was written on its way to the disk, so that a later fsync finds little to wait for.
@@ -158,24 +183,25 @@ class _Targets:
         if call is None:
             return
         with self._lock:
-            handles = list(self._handles.values())
+            handles = [target.handle for target in self._open.values()]
         for handle in handles:
             call(handle, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
-def _written(gather: Gather, chunk: Chunk, handle: int, worker: Worker, faults: list[str]) -> Written:
+def _written(gather: Gather, chunk: Chunk, target: _Target, worker: Worker, faults: list[str]) -> Written:
     """Write one chunk, and past each block only once."""
     extent, digest = chunk.extent, xxhash.xxh3_128()
     crc, nonfinite, at = 0, 0, extent.offset
-    for block in gather.blocks(chunk.key, chunk.info, extent, worker.stage, faults):
+    overflows: list[int] = []
+    for block in gather.blocks(chunk.key, chunk.info, extent, worker.stage, faults, overflows):
         crc = zlib_ng.crc32(block.data, crc)
         digest.update(block.data)
         nonfinite += count_nonfinite(block, chunk.info.dtype)
-        write_all(handle, block, at)
+        target.write(block, at)
         at += block.nbytes
         worker.go_on(block.nbytes)
     for offset, data in chunk.seal(crc):
-        write_all(handle, np.frombuffer(data, np.uint8), offset)
+        target.write(np.frombuffer(data, np.uint8), offset)
     return Written(
         key=chunk.key,
         file=extent.file,
@@ -184,15 +210,5 @@ def _written(gather: Gather, chunk: Chunk, handle: int, worker: Worker, faults: 
         crc32=crc,
         digest=digest.hexdigest(),
         nonfinite=nonfinite,
+        overflowed=sum(overflows),
     )
-
-
-def write_all(handle: int, data: Bits, offset: int) -> None:
-    """All of `data` at `offset`, however few bytes the system takes at a time.
-
-    Raises:
-        OSError: It takes none.
-    """
-    done = os.pwrite(handle, data.data, offset)
-    while done < data.nbytes:
-        done += os.pwrite(handle, data[done:].data, offset + done)

@@ -35,6 +35,7 @@ class Stored:
         offset: Of its first element, in the bytes that were read.
         crc: Of the record that its storage is; 0 where torch was told to compute none.
         record: First byte and size of that record.
+        pending: What torch does to each element when it reads it (`neg`, `conj`): the bytes are not the values.
     """
 
     info: TensorInfo
@@ -42,6 +43,7 @@ class Stored:
     offset: int
     crc: int
     record: tuple[int, int]
+    pending: tuple[str, ...] = ()
 
     @property
     def contiguous(self) -> bool:
@@ -124,25 +126,38 @@ def _storage(identity: Any, folder: str, records: Mapping[str, Record], where: s
     raise CheckpointError(f"{where}: data.pkl names an object outside of it that is no storage")
 
 
-def _tensor(storage: Any, offset: Any, size: Any, strides: Any, *_: object, dtype: str | None = None) -> Stored:
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    metadata: Any = None,
+    *,
+    dtype: str | None = None,
+) -> Stored:
     shape, steps = _numbers(size), _numbers(strides)
     if type(storage) is not _Storage or type(offset) is not int or offset < 0 or len(shape) != len(steps):
         raise ValueError("no storage with a place in it")
     kind = dtype or storage.dtype
     if kind is None or (storage.dtype is not None and dtype is not None):
         raise ValueError("a storage without a dtype")
+    if metadata is not None and type(metadata) is not dict:
+        raise ValueError("metadata of a tensor that is no dict")
     width, record = ITEMSIZE[kind], storage.record
     reach = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1 if 0 not in shape else offset
     if reach * width > record.size:
         raise CheckpointError(f"a tensor of {list(shape)} {kind} does not lie in its storage of {record.size:,} bytes")
     info = TensorInfo(shape, kind)
-    return Stored(info, steps, record.offset + offset * width, record.crc, (record.offset, record.size))
+    pending, place = tuple(pickled.shown(name) for name in metadata or ()), record.offset + offset * width
+    return Stored(info, steps, place, record.crc, (record.offset, record.size), pending)
 
 
 def _tensor_of(
-    storage: Any, offset: Any, size: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, size: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> Stored:
-    return _tensor(storage, offset, size, strides, dtype=dtype_of(dtype))
+    return _tensor(storage, offset, size, strides, grad, hooks, metadata, dtype=dtype_of(dtype))
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -160,6 +175,14 @@ def dtype_of(symbol: Any) -> str:
     if type(symbol) is Symbol and symbol.module == "torch" and symbol.name in ITEMSIZE:
         return symbol.name
     raise ValueError(f"{pickled.shown(symbol) if type(symbol) is Symbol else type(symbol).__name__} is no known dtype")
+
+
+def not_its_values(tensor: Stored) -> str:
+    """Why the bytes of a tensor with something `pending` cannot be taken over."""
+    return (
+        f"was saved with {', '.join(tensor.pending)} still to be done (a lazy view), so its bytes are not its values; "
+        "save it again after resolve_neg() and resolve_conj()"
+    )
 
 
 def _same(data: Any, *_: object) -> Any:

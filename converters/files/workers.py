@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from converters.errors import ConversionError
 from converters.files.gather import BLOCK
 from converters.files.mapped import Bits
 
@@ -76,7 +77,10 @@ def in_threads(
 
     Raises:
         BaseException: The first error of a task.
+        ConversionError: Less than one worker, who would do nothing.
     """
+    if workers < 1:
+        raise ConversionError(f"workers={workers}: expected 1 or more threads")
     left, lock, stop = iter(tasks), threading.Lock(), threading.Event()
     news: SimpleQueue[int | _Done[Result] | _Failed[Result] | None] = SimpleQueue()
 

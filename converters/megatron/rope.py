@@ -54,6 +54,32 @@ def frequencies_of_fields(hf: Mapping[str, Any]) -> torch.Tensor:
     raise ConfigError(f"rope_type={hf['rope_type']!r}: its frequencies are not known here")
 
 
+def are_frequencies(stored: torch.Tensor, hf: Mapping[str, Any]) -> bool:
+    """Whether a stored buffer holds the frequencies of a model, or those before positions are divided by a factor.
+
+    Versions of transformers that stored the buffer divided the positions, not the frequencies. They computed it on
+    whatever device was at hand: a power and a division apart by some units in the last place are the same.
+
+    Args:
+        stored: `[head_dim / 2]`, of any float dtype.
+        hf: The model's fields.
+
+    Source: huggingface/transformers v4.31, models/llama/modeling_llama.py `LlamaLinearScalingRotaryEmbedding`; CUDA C++
+        Programming Guide, mathematical functions: `powf` within 4 units.
+    """
+    allowed = [frequencies_of_fields(hf)]
+    if hf["rope_type"] == "linear":
+        allowed.append(default_frequencies(hf["head_dim"], float(hf["rope_theta"])))
+    if not stored.is_floating_point():
+        return False
+    own = torch.finfo(stored.dtype)
+    unit, least = own.eps + 8 * torch.finfo(torch.float32).eps, own.eps * own.tiny
+    return any(
+        stored.shape == each.shape and bool(((stored.double() - each).abs() <= unit * each + least).all())
+        for each in allowed
+    )
+
+
 def default_frequencies(head_dim: int, theta: float) -> torch.Tensor:
     """Inverse frequencies of plain RoPE, `[head_dim / 2]` float32.
 

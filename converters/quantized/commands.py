@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.commands.sizes import folder
+
 if TYPE_CHECKING:
     from converters.quantized.folder import Progress, Written
 
@@ -31,8 +33,8 @@ def _sub(
 ) -> argparse.ArgumentParser:
     sub = commands.add_parser(name, help=text, description=text)
     sub.set_defaults(command=command)
-    sub.add_argument("source", metavar="SOURCE", type=Path, help="the folder to read")
-    sub.add_argument("target", metavar="TARGET", type=Path, help="the folder to make")
+    sub.add_argument("source", metavar="SOURCE", type=folder, help="the folder to read")
+    sub.add_argument("target", metavar="TARGET", type=folder, help="the folder to make")
     sub.add_argument("--overwrite", action="store_true", help="replace TARGET where it exists")
     return sub
 

@@ -59,7 +59,7 @@ def scan(files: TensorFiles, vocabularies: tuple[str, ...]) -> Scan:
         files: Tensors that lie in one piece each.
         vocabularies: Keys of those with a row for each token, whose rows are compared with each other.
     """
-    mapped = Mapped()
+    mapped = Mapped(files.identities)
     return {key: _values(files, key, info, mapped, by_row=key in vocabularies) for key, info in files.tensors().items()}
 
 

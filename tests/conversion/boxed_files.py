@@ -13,6 +13,7 @@ import torch
 
 from converters.execute import dtype_of, info_of
 from converters.files.extents import Chunk, Extent, FolderLayout
+from converters.files.identity import Identity
 from converters.tensors import ITEMSIZE, TensorInfo
 
 
@@ -24,6 +25,10 @@ class BoxedFiles:
     infos: Mapping[str, TensorInfo]
     boxes: Mapping[str, Sequence[Extent]]
     left_alone: Mapping[str, str]
+
+    @property
+    def identities(self) -> Mapping[Path, Identity]:
+        return {extent.file: Identity.of(extent.file) for boxes in self.boxes.values() for extent in boxes}
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self.infos

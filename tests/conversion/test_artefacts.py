@@ -37,10 +37,10 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
 def test_a_replaced_target_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     target = tmp_path / "exported"
     target.mkdir()
-    (target / "old").write_text("x")
+    (target / "old.safetensors").write_text("x")
     partial = begin(target, overwrite=True)
     (partial / "new").write_text("y")
-    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in target.iterdir()] == ["old.safetensors"]
     commit(partial, target)
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
@@ -52,7 +52,7 @@ def test_a_failed_rename_leaves_the_old_target(
 ) -> None:
     target = tmp_path / "exported"
     target.mkdir()
-    (target / "old").write_text("x")
+    (target / "old.safetensors").write_text("x")
     partial = begin(target, overwrite=True)
     rename = Path.rename
 
@@ -70,7 +70,7 @@ def test_a_failed_rename_leaves_the_old_target(
     monkeypatch.setattr(place, "exchange", cannot)
     with pytest.raises(OSError, match="no"):
         commit(partial, target)
-    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in target.iterdir()] == ["old.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([partial.name, "exported"])
 
 

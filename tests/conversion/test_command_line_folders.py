@@ -136,6 +136,28 @@ def test_what_is_no_size(text: str, source: Path, tmp_path: Path, capsys: pytest
     assert "expected a size as 2GB or 500MB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--iteration", "x"),
+        ("--iteration", "-1"),
+        ("--tp", "0"),
+        ("--padded-vocab-size", "-3"),
+        ("--make-vocab-size-divisible-by", "0"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_count(
+    option: tuple[str, str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = option
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["convert", "--to", "megatron", f"{name}={value}", str(source), str(tmp_path / "x")])
+    said = capsys.readouterr().err
+    assert f"argument {name}: expected" in said
+    assert repr(value) in said
+
+
 def test_a_bar_is_drawn_when_it_is_worth_its_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[Callable[[Piece], Piece], str]] = {
     "a folder above": (place(file="../x.distcp"), r"names '../x\.distcp', a file outside of its folder"),
     "an absolute path": (place(file="/etc/passwd"), r"names '/etc/passwd', a file outside"),
     "the folder itself": (place(file="."), "outside of its folder"),
-    "a link to a folder elsewhere": (place(file="link/x.distcp"), "outside of its folder"),
+    "a link to a folder elsewhere": (place(file="link/x.distcp"), "is a link out of its folder"),
     "a name with a zero": (place(file="a\0b"), r"names 'a.*x00b', a file outside"),
     "a name without end": (place(file="a" * 5000), "cannot be read"),
     "no such file": (place(file="__1_0.distcp"), r"the file __1_0\.distcp is missing"),
@@ -206,10 +206,11 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
 def test_a_file_may_be_a_link(tmp_path: Path) -> None:
     """As in the cache of the hub, where every file of a snapshot is one."""
     boxed(tmp_path / "blobs", WHOLE, GRID)
-    (tmp_path / "snapshot").mkdir()
+    inner = tmp_path / "snapshots" / "0a1b" / "iter_0000000"
+    inner.mkdir(parents=True)
     for file in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / file.name).symlink_to(file)
-    assert torch.equal(tensor_of(DcpFiles(tmp_path / "snapshot"), "weight"), WHOLE)
+        (inner / file.name).symlink_to(file)
+    assert torch.equal(tensor_of(DcpFiles(inner), "weight"), WHOLE)
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
@@ -259,3 +260,13 @@ def test_many_boxes_are_checked_in_turn(tmp_path: Path) -> None:
 
 def test_names_in_messages_are_plain() -> None:
     assert pickled.shown("a\nb\x1b[2J" + "x" * 500) == "a\\nb\\x1b[2J" + "x" * 106 + "..."
+
+
+def test_values_that_are_not_the_bytes_are_refused(tmp_path: Path) -> None:
+    plain = torch.arange(6.0)
+    torch_dcp.save({"a.weight": torch._neg_view(plain), "b": plain}, checkpoint_id=tmp_path / "lazy", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"a\.weight.* neg still to be done"):
+        DcpFiles(tmp_path / "lazy")
+    torch_dcp.save({"a.weight": plain.to(torch.float8_e4m3fn), "b": plain}, checkpoint_id=tmp_path / "8", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"a\.weight is quantised \(float8_e4m3fn\) and needs its scales"):
+        DcpFiles(tmp_path / "8")

@@ -67,7 +67,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, made: dict[str, Path], numb
 
 def test_a_crash_leaves_nothing(tmp_path: Path, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/file").write_text("x")
+    (tmp_path / "old/config.json").write_text("x")
     count = 0
 
     def fails(done: int, total: int) -> None:
@@ -82,7 +82,7 @@ def test_a_crash_leaves_nothing(tmp_path: Path, made: dict[str, Path], monkeypat
     with pytest.raises(KeyboardInterrupt):
         dequantize(made["fine-grained"], tmp_path / "old", overwrite=True, progress=fails)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    assert [path.name for path in (tmp_path / "old").iterdir()] == ["file"]
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["config.json"]
 
 
 def test_targets(tmp_path: Path, made: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from converters.bridge import AutoBridge
 from converters.checkpoint import Checkpoint
+from converters.commands.account import print_account
 from converters.convert import Conversion, convert_folder
 from converters.errors import CheckpointError, ConfigError, ConversionError
 from converters.files.verify import verify
+from converters.megatron.rope import are_frequencies, frequencies_of_fields
+from converters.models import FAMILIES
 from converters.sources import read_config
 from converters.topology import Topology
 from parity.seeded import write_checkpoint
@@ -52,6 +56,17 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a model of one file, with other tensors; of several files, in one."""
+    shutil.copytree(source, target)
+    held = {key: tensor for path in sorted(target.glob("*.safetensors")) for key, tensor in load_file(path).items()}
+    for path in target.glob("*.safetensors*"):
+        path.unlink()
+    change(held)
+    save_file(held, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 def iteration(folder: Path) -> Path:
     return folder / "iter_0000000"
 
@@ -85,6 +100,96 @@ def test_headers_that_another_library_wrote_come_back(folders: dict[str, Path], 
     to_megatron(source, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "hf")
     assert files(tmp_path / "hf") == files(source)
+
+
+@pytest.mark.parametrize("options", [{}, {"stacked": False, "make_vocab_size_divisible_by": 64, "tp": 2}])
+def test_a_tied_head_that_was_stored_comes_back(
+    folders: dict[str, Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = changed(
+        folders["tied"],
+        tmp_path / "source",
+        lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}),
+    )
+    to_megatron(source, tmp_path / "megatron", **options)
+    convert_folder(tmp_path / "megatron", tmp_path / "other", target_column=None, stacked=bool(options))
+    for name in ("megatron", "other"):
+        to_hf(tmp_path / name, tmp_path / f"hf-{name}")
+        assert files(tmp_path / f"hf-{name}") == files(source)
+    done = to_hf(tmp_path / "megatron", tmp_path / "rounded", dtype="bfloat16")
+    assert done.tensors[1] == len(load_file(source / "model.safetensors"))
+    to_hf(tmp_path / "megatron", tmp_path / "without", like=folders["tied"])
+    assert files(tmp_path / "without") == files(folders["tied"])
+
+
+class TestRotaryBuffers:
+    NAME = "model.layers.1.self_attn.rotary_emb.inv_freq"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_they_are_dropped_and_said(self, folders: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+        stored = torch.nextafter(self.right(), torch.tensor(9.0)).to(dtype)
+        names = [self.NAME.replace("1", str(layer), 1) for layer in range(ODD["num_hidden_layers"])]
+        buffers = {name: stored.clone() for name in names}
+        source = changed(folders["biased"], tmp_path / "source", lambda held: held.update(buffers))
+        done = to_megatron(source, tmp_path / "megatron")
+        assert sorted(done.dropped) == names
+        to_hf(tmp_path / "megatron", tmp_path / "hf")
+        assert self.NAME not in load_file(tmp_path / "hf" / "model.safetensors")
+
+    @pytest.mark.parametrize("factor", [1.001, 0.0, float("nan")])
+    def test_others_than_the_config_s_are_refused(
+        self, folders: dict[str, Path], tmp_path: Path, factor: float
+    ) -> None:
+        stored = self.right() * factor
+        source = changed(folders["biased"], tmp_path / "source", lambda held: held.update({self.NAME: stored}))
+        with pytest.raises(CheckpointError, match=self.NAME):
+            to_megatron(source, tmp_path / "x")
+
+    def test_positions_may_be_divided_instead(self) -> None:
+        fields = {"head_dim": 8, "rope_theta": 10_000.0, "rope_type": "linear", "rope_factor": 4.0}
+        plain = frequencies_of_fields({**fields, "rope_type": "default"})
+        assert are_frequencies(plain, fields)
+        assert are_frequencies(plain / 4, fields)
+        assert not are_frequencies(plain / 2, fields)
+        assert not are_frequencies(plain / 4, {**fields, "rope_type": "default"})
+        assert not are_frequencies(torch.ones(4, dtype=torch.int64), fields)
+
+    def right(self) -> torch.Tensor:
+        return frequencies_of_fields(FAMILIES[0].fields.read(ODD)[0])
+
+
+def test_a_dtype_that_is_not_the_config_s_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    def halved(held: dict[str, torch.Tensor]) -> None:
+        held |= {key: tensor.bfloat16() for key, tensor in held.items() if "norm" not in key}
+
+    source = changed(folders["tied"], tmp_path / "source", halved)
+    held = load_file(source / "model.safetensors")
+    count = sum(tensor.dtype == torch.bfloat16 for tensor in held.values())
+    assert 0 < count < len(held)
+    done = to_megatron(source, tmp_path / "megatron")
+    assert done.notices == (f"config.json says float32, {count} tensors are bfloat16; kept",)
+    assert to_megatron(folders["tied"], tmp_path / "plain").notices == ()
+    assert to_megatron(source, tmp_path / "rounded", dtype="bfloat16").notices == ()
+    to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert files(tmp_path / "hf") == files(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_weights_that_are_no_floats_are_refused(folders: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    source = changed(folders["tied"], tmp_path / "source", lambda held: held.update({name: held[name].to(dtype)}))
+    for asked in (None, "float32"):
+        with pytest.raises(CheckpointError, match=f"{name}: {str(dtype)[6:]}"):
+            to_megatron(source, tmp_path / "x", stacked=False, dtype=asked)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("value", [0, -5])
+@pytest.mark.parametrize("name", ["tp", "make_vocab_size_divisible_by", "padded_vocab_size", "max_shard_size"])
+def test_sizes_below_one_are_refused(folders: dict[str, Path], tmp_path: Path, name: str, value: int) -> None:
+    column = None if name == "max_shard_size" else "megatron"
+    with pytest.raises(ConversionError, match=f"{name}={value}, expected 1 or more"):
+        convert_folder(folders["tied"], tmp_path / "x", target_column=column, **{name: value})
 
 
 def test_through_te_the_checkpoint_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -218,6 +323,8 @@ def test_a_config_of_another_model_is_refused(folders: dict[str, Path], tmp_path
         to_hf(tmp_path / "megatron", tmp_path / "hf", like=other)
     with pytest.raises(CheckpointError, match="no Megatron checkpoint"):
         to_megatron(folders["tied"], tmp_path / "x", like=folders["tied"])
+    with pytest.raises(CheckpointError, match=r"no use for --iteration .* and --like .*: drop"):
+        to_megatron(folders["tied"], tmp_path / "x", like=folders["tied"], iteration=0)
     with pytest.raises(ConfigError, match="is in the 'megatron' column, expected 'hf'"):
         to_megatron(tmp_path / "megatron", tmp_path / "x", source_column="hf")
     with pytest.raises(ConversionError, match=r"column already.*reshard"):
@@ -251,6 +358,22 @@ def test_digests_and_odd_numbers_are_told(folders: dict[str, Path], tmp_path: Pa
     assert files(tmp_path / "hf") == files(source)
 
 
+def test_what_rounding_makes_infinite_is_told_apart(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, key = tmp_path / "source", "model.norm.weight"
+    shutil.copytree(folders["tied"], source)
+    held = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    held[key][:4] = torch.tensor([3e38, -7e4, 6e4, float("inf")])
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    done = to_megatron(source, tmp_path / "megatron", dtype="float16")
+    name = "decoder.final_layernorm.weight"
+    assert (done.nonfinite, done.overflowed) == ({name: 3}, {name: 2})
+    print_account(done)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{name}: 1 NaN or infinite, kept as they are; 2 became infinite by rounding to float16" in out
+
+
 def test_a_checkpoint_among_several_is_chosen(folders: dict[str, Path], tmp_path: Path) -> None:
     to_megatron(folders["tied"], tmp_path / "megatron")
     shutil.copytree(iteration(tmp_path / "megatron"), tmp_path / "megatron" / "iter_0000007")
@@ -263,3 +386,23 @@ def test_a_checkpoint_among_several_is_chosen(folders: dict[str, Path], tmp_path
     ]
     with pytest.raises(CheckpointError, match="has no iter_0000009"):
         to_hf(tmp_path / "megatron", tmp_path / "x", iteration=9)
+    for wrong in (-1, "7", True):
+        with pytest.raises(CheckpointError, match=f"iteration {wrong!r}: expected a number"):
+            to_hf(tmp_path / "megatron", tmp_path / "x", iteration=wrong)
+
+
+@pytest.mark.parametrize("content", [b'{"a": "\xff"}', b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"[]", b"{"])
+def test_a_carried_config_that_is_none(folders: dict[str, Path], tmp_path: Path, content: bytes) -> None:
+    to_megatron(folders["tied"], tmp_path / "megatron")
+    (iteration(tmp_path / "megatron") / "hf/config.json").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"hf/config\.json"):
+        to_hf(tmp_path / "megatron", tmp_path / "x")
+
+
+def test_kept_headers_behind_a_link_out_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    to_megatron(folders["tied"], tmp_path / "megatron")
+    kept = iteration(tmp_path / "megatron") / "hf/safetensors-headers"
+    kept.rename(tmp_path / "elsewhere")
+    kept.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="safetensors-headers: is a link out of its folder"):
+        to_hf(tmp_path / "megatron", tmp_path / "x")

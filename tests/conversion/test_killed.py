@@ -104,10 +104,11 @@ def test_killed_at_random_points(tmp_path: Path, convert: Run, column: str, over
     seen, resumed = set(), 0
     for number, point in enumerate(among):
         shutil.rmtree(target.parent, ignore_errors=True)
+        target.parent.mkdir(parents=True)
         old: dict[str, bytes] = {}
         if overwrite:
-            target.mkdir(parents=True)
-            (target / "old").write_text("x")
+            target.mkdir()
+            (target / "old.safetensors").write_text("x")
             old = files(target)
         code, _, call = convert(target, column, kill=point, **options)
         assert code in (-signal.SIGKILL, 0), call

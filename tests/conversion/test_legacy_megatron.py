@@ -14,6 +14,9 @@ from megatron_files import LLAMA, config_of, megatron_lm_args, tensors_of
 from safetensors.torch import load_file
 
 from converters.errors import CheckpointError
+from converters.files import checksums
+from converters.files.extents import Recorded
+from converters.files.identity import check
 from converters.files.megatron_folder import MegatronFolder
 from converters.topology import Topology
 from parity.ranks import Zygote
@@ -127,6 +130,16 @@ class TestRefusals:
         shutil.rmtree(ranks / "mp_rank_01_000")
         self.refused(ranks, "unfinished", "tp=1 pp=0")
 
+    def test_a_file_that_changes_after_it_was_read(self, ranks: Path) -> None:
+        files = MegatronFolder.open(ranks.parent).files
+        check(files.identities)
+        assert len(files.identities) == 4
+        assert {extent.file for key in files.tensors() for extent in files.extents(key)} <= files.identities.keys()
+        changed = ranks / "mp_rank_01_000" / "model_optim_rng.pt"
+        self.rewrite(changed, lambda state: None)
+        with pytest.raises(CheckpointError, match=f"{changed} changed while it was read"):
+            check(files.identities)
+
     def test_a_file_is_missing(self, ranks: Path) -> None:
         (ranks / "mp_rank_01_000" / "model_optim_rng.pt").unlink()
         self.refused(ranks, "mp_rank_01_000", "model_optim_rng.pt")
@@ -171,6 +184,25 @@ class TestRefusals:
 
         self.refused_after(ranks, turned, "linear_fc2.weight", "contiguous")
 
+    def test_a_tensor_whose_sign_is_still_to_be_turned(self, ranks: Path) -> None:
+        def negated(state: dict[str, Any]) -> None:
+            name = "decoder.layers.0.mlp.linear_fc2.weight"
+            state["model"][name] = torch._neg_view(state["model"][name])
+
+        self.refused_after(ranks, negated, "decoder.layers.0.mlp.linear_fc2.weight", "neg still to be done")
+
+    def test_a_flipped_bit(self, ranks: Path) -> None:
+        files = MegatronFolder.open(ranks).files
+        assert isinstance(files, Recorded)
+        held = checksums.check(files)
+        assert held == len({(record.file, record.offset) for record in files.records()}) > 20
+        box = files.extents("decoder.layers.3.mlp.linear_fc1.weight")[-1]
+        content = bytearray(box.file.read_bytes())
+        content[box.offset] ^= 1
+        box.file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"mlp\.linear_fc1\.weight: .* of {box.file}"):
+            checksums.check(MegatronFolder.open(ranks).files)
+
     def test_another_dtype_on_one_rank(self, ranks: Path) -> None:
         def halved(state: dict[str, Any]) -> None:
             tensor = state["model"]["decoder.layers.1.mlp.linear_fc2.weight"]
@@ -188,6 +220,19 @@ class TestRefusals:
 
         self.refused_after(ranks, armed, "mp_rank_01_001", "not read", rank="mp_rank_01_001")
         assert (ranks / "mp_rank_00_000" / "model_optim_rng.pt").is_file()
+
+    def test_more_layers_than_tensors(self, ranks: Path) -> None:
+        """Refused before a plan for all of them is made, which would take hours."""
+
+        def grown(state: dict[str, Any]) -> None:
+            state["args"].num_layers = 10**8
+
+        self.refused_after(ranks, grown, "num_layers=100,000,000", "tensors of all ranks")
+
+    def test_a_rank_behind_a_link_out(self, ranks: Path, tmp_path: Path) -> None:
+        (ranks / "mp_rank_01_000").rename(tmp_path / "elsewhere")
+        (ranks / "mp_rank_01_000").symlink_to(tmp_path / "elsewhere")
+        self.refused(ranks, "mp_rank_01_000", "is a link out of its folder")
 
     def test_no_arguments(self, ranks: Path) -> None:
         def bare(state: dict[str, Any]) -> None:

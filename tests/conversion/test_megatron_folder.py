@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from megatron_files import fields_of, imported
 
+from converters import pickled
 from converters.errors import CheckpointError
 from converters.files import megatron_folder, megatron_state
 from converters.files.extents import FolderLayout
@@ -322,6 +324,55 @@ class TestRefusals:
         (folder / "iter_0000000/run_config.yaml").unlink()
         (folder / "iter_0000000/run_config.yaml").symlink_to(tmp_path / "secret")
         refused(folder, "run_config.yaml", "link")
+
+    @pytest.mark.parametrize(
+        "name",
+        ["", "/.metadata", "/__0_0.distcp", "/hf", "/hf/config.json"],
+        ids=["iteration", "metadata", "data", "hf", "config"],
+    )
+    def test_links_out_of_the_checkpoint(self, folder: Path, tmp_path: Path, name: str) -> None:
+        inside = folder / f"iter_0000000{name}"
+        inside.rename(tmp_path / "elsewhere")
+        inside.symlink_to(tmp_path / "elsewhere")
+        refused(folder, f"iter_0000000{name}", "is a link out of its folder", str(tmp_path / "elsewhere"))
+
+    def test_links_inside_of_the_checkpoint(self, folder: Path) -> None:
+        inner = folder / "iter_0000000"
+        (folder / "iter_0000007").symlink_to(inner)
+        (inner / "__0_0.distcp").rename(inner / "data")
+        (inner / "__0_0.distcp").symlink_to("data")
+        assert list(MegatronFolder.open(folder, 7).files.tensors()) == list(
+            MegatronFolder.open(folder, 0).files.tensors()
+        )
+
+    @pytest.mark.parametrize("name", ["__0_0.distcp", "hf/config.json"])
+    def test_a_pipe_is_not_waited_for(self, folder: Path, name: str) -> None:
+        path = folder / "iter_0000000" / name
+        path.unlink()
+        os.mkfifo(path)
+        if name == "__0_0.distcp":
+            refused(folder, name, "pipe")
+        else:
+            assert MegatronFolder.open(folder).hf_folder is None
+
+    def test_metadata_that_is_too_large(self, folder: Path) -> None:
+        os.truncate(folder / "iter_0000000/.metadata", pickled.MAX_BYTES + 1)
+        refused(folder, ".metadata: 268,435,457 bytes, expected no more than")
+
+    def test_aliases_of_aliases(self, folder: Path) -> None:
+        """Written out it would have 9**12 values: not to be waited for, wherever it stands."""
+        path = folder / "iter_0000000/run_config.yaml"
+        levels = [f"l{i + 1}: &l{i + 1} [{', '.join([f'*l{i}'] * 9)}]" for i in range(12)]
+        kept = path.read_text()
+        for field in ("num_layers", "no_such_field"):
+            bomb = "\n".join(["l0: &l0 word", *levels, kept.replace("model:\n", f"model:\n  {field}: *l12\n")])
+            path.write_text(bomb)
+            refused(folder, "run_config.yaml", "aliases of aliases")
+
+    def test_an_alias_of_a_value_that_is_written_twice(self, folder: Path) -> None:
+        path = folder / "iter_0000000/run_config.yaml"
+        path.write_text("a: &a [1, 2]\nb: *a\nc: [*a, *a]\n" + path.read_text())
+        assert megatron_state.read_run_config(path)["c"] == [[1, 2], [1, 2]]
 
     def test_two_models(self, tmp_path: Path) -> None:
         torch_saved({f"{who}.{key}": torch.rand(shape) for who in "ab" for key, shape in NAMED.items()}, tmp_path)

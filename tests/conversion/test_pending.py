@@ -345,10 +345,10 @@ def test_a_replaced_target_is_the_old_one_or_the_new_one(
 ) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").write_text("x")
+    (target / "old.safetensors").write_text("x")
 
     def look(pending: Pending, count: int) -> None:
-        assert list(files(target)) == ["old"]
+        assert list(files(target)) == ["old.safetensors"]
 
     with no_exchange(monkeypatch, fallback):
         convert(target, look, overwrite=True)
@@ -372,7 +372,7 @@ def test_a_name_that_cannot_be_taken_keeps_both_folders(
 ) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").write_text("x")
+    (target / "old.safetensors").write_text("x")
     rename = Path.rename
 
     def fails(self: Path, to: Path) -> Path:
@@ -384,7 +384,7 @@ def test_a_name_that_cannot_be_taken_keeps_both_folders(
         patch.setattr(Path, "rename", fails)
         with pytest.raises(CheckpointError, match=r"no\. All is written, in .*\.out\.partial"):
             convert(target, overwrite=True)
-    assert list(files(target)) == ["old"]
+    assert list(files(target)) == ["old.safetensors"]
     assert convert(target, overwrite=True, resume=True).resumed == 2 * CHUNKS * SIZE
     assert files(target) == whole
 
@@ -395,11 +395,11 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path, whole: 
     def appear(pending: Pending, count: int) -> None:
         if count == 1:
             target.mkdir()
-            (target / "theirs").write_text("x")
+            (target / "theirs.safetensors").write_text("x")
 
     with pytest.raises(CheckpointError, match=r"exists already.*\(--overwrite\), and go on from there with --resume"):
         convert(target, appear)
-    assert list(files(target)) == ["theirs"]
+    assert list(files(target)) == ["theirs.safetensors"]
     convert(target, resume=True, overwrite=True)
     assert files(target) == whole
 
@@ -413,7 +413,7 @@ def test_a_kill_around_the_rename(tmp_path: Path, moment: str, whole: dict[str, 
             shutil.rmtree(target)
         if "nothing" not in moment:
             target.mkdir()
-            (target / "old").write_text("x")
+            (target / "old.safetensors").write_text("x")
         script = f"""
             import os, signal
             from pathlib import Path
@@ -438,13 +438,13 @@ def test_a_kill_around_the_rename(tmp_path: Path, moment: str, whole: dict[str, 
         root = Partial(target).root
         if moment == "between":
             assert not target.exists()
-            assert files(root / "replaced") == {"old": b"x"}
+            assert files(root / "replaced") == {"old.safetensors": b"x"}
         else:
             assert files(target) == whole
         if moment == "between":  # asked for nothing, it brings the old one back
             with pytest.raises(CheckpointError, match="exists already"):
                 convert(target)
-            assert files(target) == {"old": b"x"}
+            assert files(target) == {"old.safetensors": b"x"}
         done = convert(target, overwrite=True, resume=resume)
         assert files(target) == whole
         assert len(done.written) == len(LAYOUT.chunks)
@@ -456,7 +456,7 @@ def test_half_of_an_old_folder_is_never_put_back(
 ) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").write_text("x")
+    (target / "old.safetensors").write_text("x")
 
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt

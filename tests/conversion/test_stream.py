@@ -15,7 +15,7 @@ import torch
 import xxhash
 from boxed_files import BoxedFiles
 
-from converters.errors import CheckpointError, PlanError
+from converters.errors import CheckpointError, ConversionError, PlanError
 from converters.execute import bits, dtype_of, info_of, run
 from converters.files import gather
 from converters.files.extents import Chunk, FolderLayout
@@ -37,6 +37,7 @@ SIZES = {
 }
 ODD = with_layers(odd_config(), 3) | SIZES
 TIED = with_layers(read_config("meta-llama/Llama-3.2-1B"), 2) | SIZES
+FLOAT8 = ["float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu"]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -188,6 +189,7 @@ def test_casts_round_as_torch_does_and_only_on_request(held: str, asked: str, tm
     found, done = written([(plan, files)], layout, tmp_path / "target", cast=True)
     assert same(found, expected(plan, tensors, asked, cast=True))
     assert sum(one.nonfinite for one in done) == sum(int((~tensor.isfinite()).sum()) for tensor in found.values())
+    assert sum(one.overflowed for one in done) == (asked == "float16"), "of the four, 1e38 alone is too large for it"
 
 
 def test_integers_are_never_rounded(tmp_path: Path) -> None:
@@ -210,9 +212,7 @@ def test_norms_centred_on_zero_are_shifted_as_the_copy_kernel_shifts(cuts: int, 
     assert not same(found, expected(family_of(ODD).plan("hf", "megatron_dist", ODD), held))
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", "float16", "float32", "float64", "float8_e5m2", "float8_e4m3fn", "int16"]
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", *FLOAT8, "int16"])
 def test_numbers_that_are_none_are_kept_and_counted(dtype: str, tmp_path: Path, blocks: str) -> None:
     plan = family_of(ODD).plan("hf", "megatron_dist", ODD)
     generator = torch.Generator().manual_seed(0)
@@ -287,6 +287,14 @@ def test_an_error_of_a_worker_ends_all_of_them(tmp_path: Path) -> None:
     (tmp_path / "target" / "two.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"two\.bin"):
         list(stream([(plan, files)], layout.chunks, tmp_path / "target"))
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_without_workers_nothing_is_said_to_be_done(workers: int, tmp_path: Path) -> None:
+    plan = family_of(ODD).plan("hf", "megatron_dist", ODD)
+    files = boxed_files.save(tmp_path / "source", weights(plan))
+    with pytest.raises(ConversionError, match=f"workers={workers}: expected 1 or more"):
+        written([(plan, files)], boxed_files.lay_out(targets(plan)), tmp_path / "target", workers=workers)
 
 
 def test_one_who_stops_listening_ends_the_workers(tmp_path: Path) -> None:

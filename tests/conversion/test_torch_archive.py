@@ -119,6 +119,36 @@ def test_tensors_of_every_kind_are_found() -> None:
             assert zlib.crc32(content[stored.record[0] :][: stored.record[1]]) == stored.crc
 
 
+def test_what_is_still_to_be_done_to_a_tensor_is_known() -> None:
+    values = torch.arange(6.0)
+    state = {"plain": values, "view": torch._neg_view(values), "part": torch.complex(values, values).conj().imag}
+    content = saved({**state, "parameter": torch.nn.Parameter(torch._neg_view(values))})
+    found = torch_archive.read(content, where="file")
+    assert {name: stored.pending for name, stored in found.items()} == {
+        "plain": (),
+        "view": ("neg",),
+        "part": ("neg",),
+        "parameter": ("neg",),
+    }
+
+
+class Odd(torch.Tensor):
+    """A tensor of another class."""
+
+
+def test_tensors_of_other_kinds_are_named() -> None:
+    marked = torch.zeros(3)
+    marked.mark = 1  # type: ignore[attr-defined]
+    for name, value in {
+        "_rebuild_from_type_v2": torch.zeros(3).as_subclass(Odd),
+        "_rebuild_from_type_v2 ": marked,
+        "_rebuild_sparse_tensor": torch.eye(3).to_sparse(),
+        "_rebuild_meta_tensor_no_storage": torch.zeros(3, device="meta"),
+    }.items():
+        with pytest.raises(CheckpointError, match=rf"file.*{name.strip()}"):
+            torch_archive.read(saved({"weight": value}), where="file")
+
+
 def reading(pickle: bytes) -> Any:
     return torch_archive.read(archive_of(pickle), where="/folder/model.pt")
 

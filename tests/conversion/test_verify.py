@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from converters import __main__ as command_line
 from converters.convert import convert_folder
-from converters.errors import CheckpointError
-from converters.files.verify import verify
+from converters.errors import CheckpointError, ConversionError
+from converters.files.verify import verify, verify_digests
+from converters.megatron.rope import frequencies_of_fields
+from converters.models import FAMILIES
 from parity.seeded import write_checkpoint
 from parity.tiny import odd_config, with_layers
 
@@ -143,7 +145,8 @@ def test_config_fields_differ_too(folders: dict[str, Path], tmp_path: Path, call
 def test_stored_frequencies_are_left_out_with_the_reason(folders: dict[str, Path], tmp_path: Path) -> None:
     def change(held: dict[str, torch.Tensor]) -> None:
         for layer in range(2):
-            held[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(MODEL["head_dim"] // 2)
+            frequencies = frequencies_of_fields(FAMILIES[0].fields.read(MODEL)[0])
+            held[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies
 
     other = edited(folders["hf"], tmp_path / "hf", change)
     found = verify(folders["megatron"], other)
@@ -185,3 +188,127 @@ def test_the_command(folders: dict[str, Path], tmp_path: Path, call: Call) -> No
     code, out, err = call(folders["hf"], tmp_path / "nowhere")
     assert (code, out) == (2, "")
     assert "no model folder" in err
+
+
+def test_nothing_is_never_called_equal(folders: dict[str, Path], call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for workers in (0, -1):
+        with pytest.raises(ConversionError, match=f"workers={workers}: expected 1 or more"):
+            verify(folders["hf"], folders["te"], workers=workers)
+        with pytest.raises(SystemExit):
+            call(folders["hf"], folders["te"], "--workers", workers)
+    from converters.files import compare
+
+    monkeypatch.setattr(compare, "in_threads", lambda *_, **__: iter(()))
+    with pytest.raises(AssertionError, match="not compared to their end"):
+        verify(folders["hf"], folders["te"])
+
+
+def test_norms_centred_on_zero_are_equal_both_ways(folders: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    centred = tmp_path / "centred"
+    shutil.copytree(folders["megatron"], centred)
+    config = centred / "iter_0000000" / "run_config.yaml"
+    was, now = (f"layernorm_zero_centered_gamma: {value}" for value in ("false", "true"))
+    assert was in config.read_text()
+    config.write_text(config.read_text().replace(was, now))
+    convert_folder(centred, tmp_path / "hf", target_column="hf")
+    assert verify(centred, tmp_path / "hf").equal
+    back = verify(tmp_path / "hf", centred)
+    assert (back.equal, back.names, back.columns) == (True, "A", ("hf", "megatron")), back.different
+
+    other = edited(tmp_path / "hf", tmp_path / "other", lambda held: held[NORM].__setitem__(3, 9.0))
+    (one,) = verify(other, centred).different
+    (two,) = verify(centred, other).different
+    assert (one.key, one.differing, one.first[0].index) == (two.key, two.differing, two.first[0].index)
+    assert (one.first[0].made, one.first[0].found) == (9.0, two.first[0].made)
+    assert one.first[0].bits == two.first[0].bits[::-1]
+
+
+def flipped(folder: Path, key: str) -> Path:
+    """The file in which one bit of a tensor was flipped."""
+    from converters.checkpoint import Checkpoint
+
+    box = Checkpoint.open(folder).files.extents(key)[-1]
+    content = bytearray(box.file.read_bytes())
+    content[box.offset] ^= 1
+    box.file.write_bytes(content)
+    return box.file
+
+
+def test_a_flipped_bit_does_not_hold_its_checksum(folders: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders["megatron"], damaged)
+    sound = verify(folders["megatron"], folders["layers"])
+    assert sound.equal
+    assert sound.checksums > 20
+    assert verify(folders["megatron"], folders["layers"], sample=1024).checksums == 0
+    file = flipped(damaged, QKV)
+    for first, second, side in ((damaged, folders["hf"], "A"), (damaged, damaged, "AB"), (folders["te"], damaged, "B")):
+        found = verify(first, second)
+        assert not found.equal
+        assert len(found.damaged) == len(side)
+        for told, letter in zip(found.damaged, side, strict=True):
+            assert told.startswith(f"{letter}: {QKV}: ")
+            assert str(file) in told
+    code, out, _ = call(damaged, damaged)
+    assert code == 1
+    assert "2 records damaged" in out
+    assert json.loads(call(damaged, damaged, "--json")[1])["equal"] is False
+    convert_folder(damaged, tmp_path / "unasked", target_column="hf")
+    for target in ("hf", None):
+        with pytest.raises(CheckpointError, match=r"not those that were written \(1\)(.|\n)*linear_qkv") as caught:
+            convert_folder(damaged, tmp_path / "made", target_column=target, check_source=True)
+        assert str(file) in str(caught.value)
+        assert not (tmp_path / "made").exists()
+    told = convert_folder(folders["megatron"], tmp_path / "good", target_column="hf", check_source=True).notices
+    assert any("have the checksums that they were written with" in notice for notice in told)
+    told = convert_folder(folders["hf"], tmp_path / "none", target_column="te", check_source=True).notices
+    assert any("notes no checksums" in notice for notice in told)
+
+
+@pytest.mark.parametrize("target", ["te", "megatron"])
+def test_a_checkpoint_against_its_digests(folders: dict[str, Path], tmp_path: Path, call: Call, target: str) -> None:
+    made, account = tmp_path / "made", tmp_path / "digests.json"
+    convert_folder(folders["hf"], made, target_column=target, digests=account)
+    found = verify_digests(made, account)
+    assert found.equal, found.different
+    assert found.elements == sum(info.elements for info in _tensors(made).values())
+    code, out, _ = call(made, "--digests", account)
+    assert (code, "every tensor has the digest" in out) == (0, True)
+    key = QKV if target == "megatron" else NORM
+    key = key if key in _tensors(made) else next(key for key in _tensors(made) if key.endswith("layer_norm_weight"))
+    flipped(made, key)
+    found = verify_digests(made, account)
+    assert [each.key for each in found.different] == [key]
+    assert "expected" in found.different[0].faults[0]
+    assert len(found.damaged) == (target == "megatron")
+    assert call(made, "--digests", account)[0] == 1
+    held = json.loads(account.read_text())
+    lost = held["tensors"].pop(key)
+    account.write_text(json.dumps(held))
+    assert verify_digests(made, account).different[0].faults == ("no digest",)
+    held["tensors"]["other"] = lost
+    account.write_text(json.dumps(held))
+    assert verify_digests(made, account).different[-1].faults == ("the checkpoint lacks it",)
+    with pytest.raises(ConversionError, match="compare the two checkpoints themselves"):
+        verify_digests(folders["hf"], account)
+    lost["boxes"] = lost["boxes"][1:]
+    for content in (json.dumps(held), "{", "[]", '{"digest": "x"}'):
+        account.write_text(content)
+        with pytest.raises(CheckpointError, match="digests"):
+            verify_digests(made, account)
+    assert call(made)[0] == 2
+    assert call(made, made, "--digests", account)[0] == 2
+
+
+def test_another_layout_has_the_same_digests(folders: dict[str, Path], tmp_path: Path) -> None:
+    account = tmp_path / "digests.json"
+    convert_folder(folders["megatron"], tmp_path / "hf", target_column="hf", digests=account)
+    convert_folder(tmp_path / "hf", tmp_path / "shards", target_column=None, max_shard_size=10_000)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert verify_digests(tmp_path / "shards", account).equal
+
+
+def _tensors(folder: Path) -> Any:
+    from converters.checkpoint import Checkpoint
+
+    return Checkpoint.open(folder).tensors
