@@ -137,6 +137,10 @@ def test_an_existing_target_stays(checkpoints: dict[str, Path], in_ranks: Run, t
         assert f"{target} exists already" in message
     assert contents(target) == {"precious": b"x"}
     assert beside(target) == ["exported"]
+    for message in in_ranks(bridged.save, checkpoints["tied"], PP2, target, overwrite=True):
+        assert f"{target} does not look like a checkpoint, and only one is replaced" in message
+    assert contents(target) == {"precious": b"x"}
+    (target / "config.json").write_text("{}")
     assert in_ranks(bridged.save, checkpoints["tied"], PP2, target, overwrite=True) == ["no error"] * 2
     assert contents(target) == contents(checkpoints["tied"])
     assert beside(target) == ["exported"]

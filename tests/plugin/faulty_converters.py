@@ -143,5 +143,5 @@ def with_fields(source: Path, target: Path, **fields: Any) -> Path:
         config["rope_scaling"] |= rope
     target.mkdir()
     (target / "config.json").write_text(json.dumps(config))
-    (target / "model.safetensors").symlink_to(source / "model.safetensors")
+    (target / "model.safetensors").hardlink_to(source / "model.safetensors")
     return target

@@ -251,10 +251,10 @@ def test_a_conversion_that_fails_leaves_nothing(folders: dict[str, Path], tmp_pa
     held[QKV_BIAS][5] = 1
     save_file(held, te / "model.safetensors", metadata={"format": "pt"})
     target.mkdir()
-    (target / "kept").write_text("")
+    (target / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=rf"{QKV_BIAS}: 1 of .* elements that must be 0 are not"):
         convert_folder(te, target, target_column="hf", overwrite=True)
-    assert [path.name for path in target.iterdir()] == ["kept"]
+    assert [path.name for path in target.iterdir()] == ["config.json"]
     assert not beside(target)
     held[QKV_BIAS][5] = 0
     held["model.norm.weights"] = held.pop("model.norm.weight")
