@@ -139,6 +139,8 @@ class Zygote:
         threads = str(self._threads)
         environ = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WORLD_SIZE": str(world)}
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name may resolve to nowhere
+        # No rank goes on, and perhaps leaves, while another still connects the group that both have just made.
+        environ.setdefault("TORCH_DIST_INIT_BARRIER", "1")
         with self._lock:
             process = self._running()
             folder = process.folder / "run"

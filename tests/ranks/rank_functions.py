@@ -176,6 +176,18 @@ def missed_collective() -> None:
         summed(1.0)
 
 
+def late_for_a_group() -> bool:
+    """Rank 1 comes late to the making of rank 0's group; whether rank 0 waited for it."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        store.set("late", "1")
+    dist.new_group([0])
+    return bool(store.check(["late"]))
+
+
 def unequal_shapes() -> None:
     """Rank 0 sends more than rank 1 has room for."""
     import torch

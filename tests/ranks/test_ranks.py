@@ -54,6 +54,13 @@ def test_a_rank_may_return_while_others_work(zygote: Zygote) -> None:
     assert zygote.run(rank_functions.early_return, world=4, timeout=120) == [0.0, 3.0, 3.0, 3.0]
 
 
+def test_a_group_is_whole_before_a_rank_goes_on(zygote: Zygote) -> None:
+    """Else a rank that has nothing more to do is gone while its peers connect to it, and they fail."""
+    assert zygote.run(rank_functions.late_for_a_group, world=2) == [True, True]
+    off = {"TORCH_DIST_INIT_BARRIER": "0"}
+    assert zygote.run(rank_functions.late_for_a_group, world=2, env=off) == [False, True]
+
+
 def test_threads(zygote: Zygote) -> None:
     assert zygote.run(rank_functions.torch_threads) == [1]
     with Zygote(preload=["torch"], threads=2) as two:
