@@ -6,7 +6,7 @@
 
 Random weights, made first. The contestants take turns within each round, another one first in each, on one file system
 with the source in the page cache; what was written before is on disk, and removed, before each begins. All are whole
-processes, imports included. Ratios are taken within a round, and their median is shown: a machine that does other
+processes, imports included (of compiled modules, as an installed package has them). Ratios are taken within a round, and their median is shown: a machine that does other
 things too slows down all of a round alike. `cp` leaves its bytes to the kernel and a conversion does not, so each is
 measured both ways: `cp` against a conversion whose fsync is left out, `cp` and `sync` against the conversion as it is.
 """
@@ -85,8 +85,9 @@ def run(*command: str | Path) -> Cost:
     Raises:
         SystemExit: It failed.
     """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     began = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], cwd=ROOT)
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -273,6 +274,8 @@ def main() -> None:
 
     config, found = read_config(options.model), dict[str, Any]()
     workers = ["--workers", str(options.workers)] if options.workers else []
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for part in options.only:
             folder = Path(name) / part
