@@ -6,9 +6,10 @@
 
 Random weights, made first. The contestants take turns within each round, another one first in each, on one file system
 with the source in the page cache; what was written before is on disk, and removed, before each begins. All are whole
-processes, imports included (of compiled modules, as an installed package has them). Ratios are taken within a round, and their median is shown: a machine that does other
-things too slows down all of a round alike. `cp` leaves its bytes to the kernel and a conversion does not, so each is
-measured both ways: `cp` against a conversion whose fsync is left out, `cp` and `sync` against the conversion as it is.
+processes, imports included (of compiled modules, as an installed package has them). Ratios are taken within a round,
+and their median is shown: a machine that does other things too slows down all of a round alike. `cp` leaves its bytes
+to the kernel and a conversion does not, so each is measured both ways: `cp` against a conversion whose fsync is left
+out, `cp` and `sync` against the conversion as it is.
 """
 
 from __future__ import annotations
