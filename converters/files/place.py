@@ -100,7 +100,7 @@ def _check_replaceable(target: Path) -> None:
     """To be replaced is to be deleted: refuse what a conversion cannot have made.
 
     Raises:
-        CheckpointError: It is neither empty nor a checkpoint, or it holds several iterations.
+        CheckpointError: It is neither empty nor a checkpoint, or it holds several iterations, or a repository.
     """
     try:
         names = sorted(path.name for path in target.iterdir())
@@ -113,6 +113,10 @@ def _check_replaceable(target: Path) -> None:
         raise CheckpointError(
             f"{target} does not look like a checkpoint, and only one is replaced: expected config.json, *.safetensors, "
             f".metadata, a tracker, iter_* or mp_rank_*, found {found}. Remove it yourself, or choose another folder"
+        )
+    if ".git" in names:
+        raise CheckpointError(
+            f"{target} holds .git, whose history would go with it. Remove the folder yourself, or choose another one"
         )
     if len(iterations) > 1:
         raise CheckpointError(

@@ -112,6 +112,14 @@ def test_a_training_run_is_not_replaced(source: Path, tmp_path: Path) -> None:
     assert files(target) == before
 
 
+def test_a_repository_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    target = folder(tmp_path / "clone", "config.json", ".git/HEAD")
+    before = files(target)
+    with pytest.raises(CheckpointError, match=r"clone holds \.git, whose history would go"):
+        convert(source, target, overwrite=True)
+    assert files(target) == before
+
+
 def test_a_target_keeps_clear_of_all_that_is_read(source: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     convert(source, run)
