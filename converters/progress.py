@@ -68,7 +68,7 @@ class Progress:
         columns = (
             TextColumn(self._title),
             BarColumn(),
-            DownloadColumn(binary_units=True),
+            DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
