@@ -164,12 +164,12 @@ def test_a_bar_is_drawn_when_it_is_worth_its_line(
     monkeypatch.setattr("converters.progress.SOON", -1.0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    with Progress("converting", 4 << 20, done=1 << 20) as progress:
-        progress.advance(1 << 20)
+    with Progress("converting", 4_000_000, done=1_000_000) as progress:
+        progress.advance(1_000_000)
     said = capsys.readouterr()
     assert said.out == ""
     assert "converting" in said.err
-    assert "2.0/4.0 MiB" in said.err
+    assert "2.0/4.0 MB" in said.err
     with Progress("converting", 100, quiet=True) as progress:
         progress.advance(1)
     assert capsys.readouterr() == ("", "")
