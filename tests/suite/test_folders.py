@@ -31,10 +31,10 @@ def run(folder: Path, tmp_path: Path, *options: str) -> subprocess.CompletedProc
     )
 
 
-# Fifteen ranks on a few cores: weights and logits, but not what takes them long.
+# Fifteen ranks on a few cores: weights and logits alone.
 @pytest.mark.parametrize(
     "options",
-    [("--tp=5", "--pp=1"), ("--tp=1", "--pp=3"), ("--tp=15", "-k=not training and not decoding")],
+    [("--tp=5", "--pp=1"), ("--tp=1", "--pp=3"), ("--tp=15", "-k=metadata or weights or forward")],
     ids=["tp5", "pp3", "tp15-over-5-groups"],
 )
 def test_an_odd_model_in_several_shards(options: tuple[str, ...], tmp_path: Path) -> None:
