@@ -5,10 +5,8 @@ No model is built and no process group is needed; under torchrun every rank writ
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +15,9 @@ from converters import targets
 from converters.checkpoint import Checkpoint
 from converters.errors import CheckpointError, ConversionError
 from converters.files import fingerprint, identity, place
-from converters.files.extents import Chunk
 from converters.files.pending import Pending
 from converters.progress import Progress, speaks
 from converters.sources import Source
-from converters.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from converters.files.iterations import Iteration
@@ -166,7 +162,9 @@ def convert_folder(
         )
     sources = _sources(source, checkpoint)
     if digests is not None:
-        digests = _free(Path(place.expanded(digests)), target, sources, overwrite=overwrite)
+        from converters.files.digests import free, write
+
+        digests = free(Path(place.expanded(digests)), clear_of=(target, *sources), overwrite=overwrite)
     checkpoint.check()
     threads: dict[str, int] = {} if workers is None else {"workers": workers}
     notices = (_checked(checkpoint, quiet, threads),) if check_source else ()
@@ -234,7 +232,12 @@ def convert_folder(
         written=tuple(pending.written),
     )
     if isinstance(digests, Path) and speaks():
-        _write_digests(digests, done, made.infos, made.layout.chunks)
+        try:
+            write(digests, done.columns[1], made.infos, made.layout.chunks, done.written)
+        except OSError as error:
+            raise CheckpointError(
+                f"{done.target} is complete, but its digests cannot be written to {digests}: {error}"
+            ) from error
     return done
 
 
@@ -287,58 +290,3 @@ def _sources(asked: str | Path | Source, checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.artefacts is not None:
         found.append(checkpoint.artefacts)
     return found
-
-
-def _free(path: Path, target: Path, sources: Sequence[Path], *, overwrite: bool) -> Path:
-    """Where the digests may go, from the root.
-
-    Raises:
-        CheckpointError: Nowhere there, or over something that is to be kept.
-    """
-    digests = place.settled(path)
-    where = f"--digests {digests}"
-    for folder in (target, *sources):
-        for meant in (digests, digests.resolve()):
-            if meant.is_relative_to(place.settled(folder)) or meant.is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{where}: lies inside {folder}; choose a place outside of the checkpoints")
-    if os.path.lexists(digests) and not digests.is_file():
-        raise CheckpointError(f"{where}: expected a file or nothing, and it is something else")
-    if os.path.lexists(digests) and not overwrite:
-        raise CheckpointError(f"{where}: exists already; choose another file, or allow it to be replaced (--overwrite)")
-    above = next(folder for folder in digests.parents if os.path.lexists(folder))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{where}: cannot be written, {above} is no folder that takes files")
-    return digests
-
-
-def _write_digests(path: Path, done: Conversion, infos: Mapping[str, TensorInfo], chunks: Sequence[Chunk]) -> None:
-    """A digest of the bytes of every tensor, of a stacked one for each of its boxes.
-
-    Raises:
-        CheckpointError: The file cannot be written; the checkpoint is complete.
-    """
-    from converters.files.digests import KIND
-
-    boxes = {(str(chunk.extent.file), chunk.extent.offset, chunk.key): chunk.extent for chunk in chunks}
-    tensors: dict[str, dict[str, Any]] = {
-        key: {"dtype": info.dtype, "shape": list(info.shape), "boxes": []} for key, info in sorted(infos.items())
-    }
-    for chunk in done.written:
-        box = boxes[str(chunk.file), chunk.offset, chunk.key]
-        tensors[chunk.key]["boxes"].append(
-            {"starts": list(box.starts), "shape": list(box.shape), "digest": chunk.digest, "nonfinite": chunk.nonfinite}
-        )
-    account = {"digest": KIND, "column": done.columns[1], "tensors": tensors}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.parent / f".digests-{os.getpid()}.partial"
-        try:
-            with aside.open("x") as file:
-                file.write(json.dumps(account, indent=1) + "\n")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{done.target} is complete, but its digests cannot be written to {path}: {error}"
-        ) from error

@@ -1,10 +1,11 @@
-"""Digests of tensors that a conversion wrote beside its checkpoint: read, and a checkpoint held against them."""
+"""Digests of tensors that a conversion writes beside its checkpoint, and a checkpoint held against them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import xxhash
 from converters.errors import CheckpointError, listing
 from converters.files.compare import Comparison
 from converters.files.dcp import uncovered
-from converters.files.extents import Extent, TensorFiles
+from converters.files.extents import Chunk, Extent, TensorFiles
 from converters.files.gather import Gather, Part
+from converters.files.place import settled
+from converters.files.stream import Written
 from converters.files.workers import Report, Worker, in_threads
 from converters.tensors import ITEMSIZE, TensorInfo
 
@@ -116,3 +119,65 @@ def _numbers(values: Any) -> tuple[int, ...]:
     if type(values) is not list or not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f"expected a list of sizes, found {str(values)[:80]}")
     return tuple(values)
+
+
+def free(path: Path, *, clear_of: Iterable[Path], overwrite: bool) -> Path:
+    """Where digests may be written, from the root.
+
+    Args:
+        path: Where they are asked for.
+        clear_of: Folders that they may not lie in.
+        overwrite: Whether a file there may be replaced.
+
+    Raises:
+        CheckpointError: Nowhere there, or over something that is to be kept.
+    """
+    digests = settled(path)
+    where = f"--digests {digests}"
+    for folder in clear_of:
+        for meant in (digests, digests.resolve()):
+            if meant.is_relative_to(settled(folder)) or meant.is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{where}: lies inside {folder}; choose a place outside of the checkpoints")
+    if os.path.lexists(digests) and not digests.is_file():
+        raise CheckpointError(f"{where}: expected a file or nothing, and it is something else")
+    if os.path.lexists(digests) and not overwrite:
+        raise CheckpointError(f"{where}: exists already; choose another file, or allow it to be replaced (--overwrite)")
+    above = next(folder for folder in digests.parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{where}: cannot be written, {above} is no folder that takes files")
+    return digests
+
+
+def write(
+    path: Path, column: str, infos: Mapping[str, TensorInfo], chunks: Iterable[Chunk], written: Iterable[Written]
+) -> None:
+    """Write a digest of the bytes of every tensor, of a stacked one for each of its boxes; whole or not at all.
+
+    Args:
+        path: Which `free` gave.
+        column: Of the checkpoint.
+        infos: Its tensors.
+        chunks: Where each of them is in its files.
+        written: What was found in writing the chunks.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    boxes = {(str(chunk.extent.file), chunk.extent.offset, chunk.key): chunk.extent for chunk in chunks}
+    tensors: dict[str, dict[str, Any]] = {
+        key: {"dtype": info.dtype, "shape": list(info.shape), "boxes": []} for key, info in sorted(infos.items())
+    }
+    for one in written:
+        box = boxes[str(one.file), one.offset, one.key]
+        tensors[one.key]["boxes"].append(
+            {"starts": list(box.starts), "shape": list(box.shape), "digest": one.digest, "nonfinite": one.nonfinite}
+        )
+    account = {"digest": KIND, "column": column, "tensors": tensors}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".digests-{os.getpid()}.partial"
+    try:
+        with aside.open("x") as file:
+            file.write(json.dumps(account, indent=1) + "\n")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -104,18 +104,21 @@ def test_a_checkpoint_of_any_format_is_replaced(tmp_path: Path, name: str) -> No
     place.check_target(folder(target, *[name][: bool(name)]), overwrite=True)
 
 
-def test_a_training_run_is_not_replaced(source: Path, tmp_path: Path) -> None:
-    target = folder(tmp_path / "run", "iter_0000100/common.pt", "iter_0000200/common.pt")
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["iter_0000100/common.pt", "iter_0000200/common.pt"],
+            r"holds 2 iterations .iter_0000100 to iter_0000200. of a training run",
+        ),
+        (["config.json", ".git/HEAD"], r"holds \.git, whose history would go"),
+    ],
+    ids=["a training run", "a repository"],
+)
+def test_more_than_a_checkpoint_is_not_replaced(source: Path, tmp_path: Path, names: list[str], words: str) -> None:
+    target = folder(tmp_path / "target", *names)
     before = files(target)
-    with pytest.raises(CheckpointError, match=r"holds 2 iterations .iter_0000100 to iter_0000200. of a training run"):
-        convert(source, target, overwrite=True)
-    assert files(target) == before
-
-
-def test_a_repository_is_not_replaced(source: Path, tmp_path: Path) -> None:
-    target = folder(tmp_path / "clone", "config.json", ".git/HEAD")
-    before = files(target)
-    with pytest.raises(CheckpointError, match=r"clone holds \.git, whose history would go"):
+    with pytest.raises(CheckpointError, match=rf"target {words}"):
         convert(source, target, overwrite=True)
     assert files(target) == before
 
